@@ -1,0 +1,62 @@
+# `make demo` and `make test` need nothing but a Python: everything else goes into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+FOLDERS := bridge adapters cli
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.installed-test
+PINS := pyproject.toml constraints.txt
+CHECK := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bridge needs Python 3.11 or newer; " + sys.executable + " is " + str(v[0]) + "." + str(v[1]) + ". Name another: make PYTHON=python3.12 ...")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint types format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(TESTABLE) ## make .venv with bridge, editable, and all that the tests need
+
+demo: $(INSTALLED) ## the whole tour on the small checkpoint that ships with bridge
+	$(VENV)/bin/bridge demo
+
+test: $(TESTABLE) ## run the tests; PYTEST_ARGS="-k name" picks
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TESTABLE) ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(TESTABLE) ## check types
+	$(VENV)/bin/mypy $(FOLDERS)
+
+format: $(TESTABLE) ## mend style and formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(FOLDERS) tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# An unusable .venv (interrupted, or of an older Python) is made anew. setuptools comes first, pinned like
+# the rest, so that nothing is built in an environment that pip resolves by itself.
+define install
+	@if ! $(VENV)/bin/python -c '$(CHECK)' 2>/dev/null || ! $(PIP) --version >/dev/null 2>&1; then \
+		command -v $(PYTHON) >/dev/null || { echo "bridge needs Python 3.11 or newer: $(PYTHON) was not found. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }; \
+		$(PYTHON) -c '$(CHECK)' && echo "making $(VENV) with $$($(PYTHON) --version)" && $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "installing bridge and what it needs into $(VENV) (minutes, the first time)"
+	$(PIP) install -qq --constraint constraints.txt setuptools wheel
+	$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '$(1)'
+endef
+
+$(INSTALLED): $(PINS)
+	$(call install,.)
+	@touch $@
+
+$(TESTABLE): $(PINS)
+	$(call install,.[test])
+	@touch $(INSTALLED) $@

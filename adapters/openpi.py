@@ -1,0 +1,127 @@
+"""openpi's policies, pi0 and pi0.5: the tables, the facts that no shape tells, the configs.
+
+A policy is a SigLIP tower, a projector, two Gemma experts and a few dense layers for states,
+actions and time. Leaves: openpi, models/pi0.py; PyTorch names: models_pytorch/pi0_pytorch.py.
+"""
+
+from __future__ import annotations
+
+from bridge import Adapter, Layout, Model, Multiple, Part, Rule, Unused
+
+from .configs import companions
+from .gemma import expert
+from .siglip import tower
+
+_PALIGEMMA = "paligemma_with_expert.paligemma"
+_EXPERT = "paligemma_with_expert.gemma_expert"
+
+
+def _dense(name: str, inner: str, outer: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{name}/kernel", f"{name}.weight", f"{inner} {outer} -> {outer} {inner}"),
+        Rule(f"{name}/bias", f"{name}.bias", f"{outer} -> {outer}"),
+    )
+
+
+_OPENPI = Layout("openpi")
+
+#: transformers, models/pi0/modeling_pi0.py: the names of PI0ForConditionalGeneration's own modules
+_TRANSFORMERS = Layout(
+    "transformers",
+    (
+        (f"{_PALIGEMMA}.model.vision_tower.vision_model.", "model.vlm.vision_tower."),
+        (f"{_PALIGEMMA}.model.multi_modal_projector.", "model.vlm.multi_modal_projector."),
+        (f"{_PALIGEMMA}.model.language_model.", "model.vlm.language_model."),
+        (f"{_PALIGEMMA}.lm_head.", "model.vlm.language_model.embed_tokens."),
+        (f"{_EXPERT}.model.", "model.dit."),
+        (f"{_EXPERT}.lm_head.", "model.dit.embed_tokens."),
+        ("action_in_proj.", "embed_action_time.action_in_proj."),
+        ("state_proj.", "embed_action_time.state_proj."),
+        ("action_time_mlp_in.", "embed_action_time.action_time_mlp_in."),
+        ("action_time_mlp_out.", "embed_action_time.action_time_mlp_out."),
+    ),
+)
+
+#: lerobot, policies/pi0/modeling_pi0.py: openpi's names under the policy's `model`, nothing tied
+_LEROBOT = Layout("lerobot", (("", "model."),), ties=False)
+
+
+def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
+    projections = (
+        *_dense("action_in_proj", "action", "width"),
+        *_dense("action_out_proj", "width", "action"),
+        *(
+            (*_dense("time_mlp_in", "time", "width"), *_dense("time_mlp_out", "width", "mixed"))
+            if adaptive
+            else (
+                *_dense("state_proj", "state", "width"),
+                *_dense("action_time_mlp_in", "action_time", "width"),
+                *_dense("action_time_mlp_out", "width", "mixed"),
+            )
+        ),
+    )
+    gemma = ["layer", "head", "dim"] + ([] if fused_qkv else ["group"])
+    return Model(
+        name=name,
+        parts=(
+            Part("siglip", tower(f"{_PALIGEMMA}.model.vision_tower.vision_model")),
+            Part(
+                "projector",
+                (
+                    Rule("PaliGemma/img/head/kernel", f"{_PALIGEMMA}.model.multi_modal_projector.linear.weight",
+                         "image width -> width image"),
+                    Rule("PaliGemma/img/head/bias", f"{_PALIGEMMA}.model.multi_modal_projector.linear.bias",
+                         "width -> width"),
+                ),
+            ),
+            Part(
+                "paligemma",
+                (
+                    Rule("PaliGemma/llm/embedder/input_embedding", f"{_PALIGEMMA}.lm_head.weight",
+                         "vocab width -> vocab width"),
+                    *expert("", f"{_PALIGEMMA}.model.language_model", fused_qkv=fused_qkv, adaptive=False),
+                ),
+                stock_alpha={16: 16.0},
+            ),
+            Part(
+                "expert",
+                expert("_1", f"{_EXPERT}.model", fused_qkv=fused_qkv, adaptive=adaptive),
+                stock_alpha={32: 32.0},
+            ),
+            Part("projections", projections),
+        ),
+        same=(
+            *((f"paligemma.{axis}", f"expert.{axis}") for axis in gemma),
+            ("siglip.width", "projector.image"),
+            ("paligemma.width", "projector.width"),
+            ("expert.width", "projections.width", "projections.mixed", *(("projections.time",) if adaptive else ())),
+            *(() if adaptive else (("projections.action", "projections.state"),)),
+        ),
+        multiples=(
+            Multiple("expert.modulation", 3, "expert.width")
+            if adaptive
+            else Multiple("projections.action_time", 2, "projections.width"),
+        ),
+        # PyTorch keeps one tensor under both names; openpi's strict loader wants this one in the file
+        tied={f"{_PALIGEMMA}.model.language_model.embed_tokens.weight": f"{_PALIGEMMA}.lm_head.weight"},
+        unused=(
+            Unused(
+                f"{_EXPERT}.lm_head.weight",
+                ("paligemma.vocab", "expert.width"),
+                "the action expert predicts no tokens; strict loaders want the name",
+            ),
+        ),
+        # transformers has no pi0.5
+        layouts=(_OPENPI, _LEROBOT) if adaptive else (_OPENPI, _LEROBOT, _TRANSFORMERS),
+    )  # fmt: skip
+
+
+ADAPTER = Adapter(
+    name="openpi",
+    models=tuple(
+        _model(name, adaptive=adaptive, fused_qkv=fused_qkv)
+        for name, adaptive in (("pi0", False), ("pi05", True))
+        for fused_qkv in (False, True)
+    ),
+    companions=companions,
+)

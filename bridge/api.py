@@ -1,0 +1,139 @@
+"""The library's verbs. ``import bridge`` gives them; nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge.checkpoint import open_source, understand
+from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
+from bridge.formats import Source
+from bridge.formats.location import Location
+from bridge.planner import plan
+from bridge.runner import Progress, Result, run, run_steps
+from bridge.specs import BFLOAT16, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+    **options: Any,
+) -> Result:
+    """Plan a conversion and run it. Options are those of :func:`bridge.plan`.
+
+    Raises:
+        Refusal: with every problem found; nothing is written then.
+    """
+    return run(plan(src, dst, to=to, **options), progress, executor)
+
+
+class Opened:
+    """A checkpoint opened for lazy reading. Use it in a ``with`` statement.
+
+    Attributes:
+        specs: shape and dtype of every array, by its stored name (``/``-joined in a pytree).
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.specs: Mapping[str, Spec] = MappingProxyType(dict(source.specs))
+
+    def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
+        """An array, or rows of it along its first axis: ``read(name, 3)`` is one layer.
+
+        Raises:
+            KeyError: there is no such array.
+            SourceRefused: it cannot be read.
+        """
+        return self.source.read(name, rows)
+
+
+@contextlib.contextmanager
+def open(path: str | Path, format: str | None = None) -> Iterator[Opened]:
+    """Open a checkpoint of any format; arrays are numpy, bfloat16 ones of ``ml_dtypes``."""
+    yield Opened(open_source(Location.parse(path), format))
+
+
+def load_jax(path: str | Path) -> dict[str, Any]:
+    """The pure dict of jax arrays that openpi's ``restore_params`` gives (models/model.py).
+
+    Raises:
+        CheckpointRefused: the source is not a JAX pytree.
+    """
+    import jax.numpy as jnp
+
+    source = open_source(Location.parse(path))
+    checkpoint = understand(source)
+    refuse_if(checkpoint.problems, CheckpointRefused)
+    if checkpoint.layout is not None:
+        raise RouteRefused(
+            Problem(
+                f"{source.location} is {checkpoint.state}, not a JAX pytree", "read it with bridge.load_torch"
+            )
+        )
+    tree: dict[str, Any] = {}
+    for leaf, stored in checkpoint.stored.items():
+        *parents, last = leaf.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(source.read(stored))
+    return tree
+
+
+def load_torch(path: str | Path, **options: Any) -> dict[str, torch.Tensor]:
+    """The state_dict of a policy, from any format that a route leads from to ``torch-merged``.
+
+    A safetensors checkpoint is read as it is; a JAX one is converted in memory, with the options
+    of :func:`bridge.plan` (``dtype``, ``lora_alpha``, ``layout``).
+    """
+    source = open_source(Location.parse(path))
+    if source.format == "torch":
+        arrays = {name: source.read(name) for name in source.specs}
+        return {name: _tensor(array) for name, array in arrays.items()}
+    planned = plan(path, None, to="torch-merged", **options)
+    memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
+    run_steps(planned, memory, lambda count: None)
+    state = {name: _tensor(array) for name, array in memory.arrays.items()}
+    state |= {alias: state[name] for alias, name in planned.header.items() if name in state}
+    return state
+
+
+class _Memory:
+    """A sink that keeps everything."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
+        if array.shape == self.arrays[name].shape:
+            self.arrays[name][...] = array
+        else:
+            self.arrays[name][start : start + len(array)] = array
+
+    def finish(self) -> None:
+        pass
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    import torch
+
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+__all__ = ["Opened", "convert", "load_jax", "load_torch", "open"]

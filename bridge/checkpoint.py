@@ -1,0 +1,303 @@
+"""A source, understood: which model it holds, in which dimensions, with which LoRA factors.
+
+Everything is found from names and shapes. What is wrong is collected, not raised, so that
+``inspect`` can describe a faulty checkpoint and ``plan`` can refuse with every fault at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge import converters
+from bridge.errors import CheckpointRefused, Problem, SourceRefused
+from bridge.formats import Format, Source
+from bridge.formats.location import Location
+from bridge.graph import State
+from bridge.model import Adapter, Layout, Model, Part
+from bridge.names import grouped
+from bridge.plugins import adapters, formats
+from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
+from bridge.rule import Rule
+from bridge.sizes import Seen, solve
+from bridge.specs import WEIGHT_DTYPES
+from bridge.tree import Tree, read_tree
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source and the model it holds."""
+
+    source: Source
+    adapter: Adapter
+    model: Model
+    layout: Layout | None
+    """How its PyTorch names are prefixed; None for a JAX pytree."""
+    stored: Mapping[str, str]
+    """Leaf path, or PyTorch name in openpi's layout -> name in the source."""
+    value_suffix: bool
+    sizes: Mapping[str, int]
+    problems: tuple[Problem, ...]
+
+    @property
+    def state(self) -> State:
+        """The node of the graph that this is."""
+        if self.layout is not None:
+            return converters.TORCH_MERGED
+        return converters.ORBAX_LORA if any(self.lora_rules()) else converters.ORBAX_BASE
+
+    def has_lora(self, rule: Rule) -> bool:
+        """Whether both factors of a rule's leaf are stored."""
+        return rule.factor_leaves is not None and all(leaf in self.stored for leaf in rule.factor_leaves)
+
+    def lora_rules(self) -> Iterator[tuple[Part, Rule]]:
+        """The rules whose leaves carry factors, with their part."""
+        return ((part, rule) for part in self.model.parts for rule in part.rules if self.has_lora(rule))
+
+    def rank(self, part: str, rule: Rule) -> int:
+        """The rank of a rule's factors."""
+        assert rule.lora is not None
+        return self.sizes[self.model.qualified(part, rule.lora.rank)]
+
+
+def open_source(path: str | Path | Location, format: str | None = None) -> Source:
+    """Open whatever lies at a path; formats recognise themselves unless one is named.
+
+    Raises:
+        SourceRefused: nothing is there, no format claims it, or several do.
+    """
+    location = Location.parse(path)
+    known = {known.name: known for known in formats()}
+    if format is not None:
+        name = next((state.format for state in converters.STATES if state.name == format), format)
+        if name not in known:
+            raise SourceRefused(
+                Problem(f"no format is named {format}", f"use one of {', '.join(sorted(known))}")
+            )
+        return known[name].open(location)
+    if not location.exists():
+        raise SourceRefused(Problem(f"{location} does not exist", "check the path"))
+    claiming: list[Format] = [format for format in known.values() if format.claims(location)]
+    if len(claiming) > 1:
+        names = " and ".join(format.name for format in claiming)
+        raise SourceRefused(
+            Problem(f"{location} looks like {names}", f"say which with --from {claiming[0].name}")
+        )
+    if not claiming:
+        inside = ", ".join(location.names()[:6]) or "nothing"
+        raise SourceRefused(
+            Problem(
+                f"{location} is no checkpoint that bridge knows (it holds {inside})",
+                "give a step directory, its params/, or a directory with model.safetensors",
+            )
+        )
+    return claiming[0].open(location)
+
+
+def understand(source: Source) -> Checkpoint:
+    """Find the model a source holds.
+
+    Raises:
+        CheckpointRefused: no adapter's model fits even half of its names.
+    """
+    return _from_weights(source) if source.format == "torch" else _from_leaves(source)
+
+
+def _from_leaves(source: Source) -> Checkpoint:
+    tree, problems = read_tree(source.specs)
+    fit = fit_leaves(tree.stored)
+    if fit is None:
+        raise _unknown(source, tree.stored)
+    problems += _fit_problems(source, fit, "leaf")
+    problems += _dtype_problems(source)
+    problems += _factor_problems(source, fit.model, tree)
+    seen: list[Seen] = []
+    for part in fit.model.parts:
+        for rule in part.rules:
+            for leaf, axes in _leaf_axes(rule):
+                if leaf not in tree.stored:
+                    continue
+                shape = source.specs[tree.stored[leaf]].shape
+                if len(shape) != len(axes):
+                    problems.append(
+                        Problem(
+                            f"{source.location}: {leaf} has {len(shape)} axes {list(shape)}, "
+                            f"and must have {len(axes)} ({' '.join(axes)})",
+                            f"this is not how openpi stores {fit.model.name}: take it from its source again",
+                        )
+                    )
+                    continue
+                seen += _seen(fit.model, part, zip(((a,) for a in axes), shape, strict=True), leaf)
+    sizes, disagreements = solve(_with_choices(fit.model, seen), fit.model)
+    problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
+    return Checkpoint(
+        source, fit.adapter, fit.model, None, tree.stored, tree.value_suffix, sizes, tuple(problems)
+    )
+
+
+def _from_weights(source: Source) -> Checkpoint:
+    fit = fit_weights(source.specs)
+    if fit is None or fit.layout is None:
+        raise _unknown(source, source.specs)
+    problems = _fit_problems(source, fit, "tensor") + _dtype_problems(source)
+    places = place_weights(fit.model, fit.layout, source.specs)
+    stored: dict[str, str] = {}
+    seen: list[Seen] = []
+    counts: dict[tuple[str, str], set[int]] = {}
+    for name, place in places.items():
+        stored[place.rule.template.format(place.at)] = name
+        groups = place.rule.equation.right
+        shape = source.specs[name].shape
+        if len(shape) != len(groups):
+            problems.append(
+                Problem(
+                    f"{source.location}: {name} has {len(shape)} axes {list(shape)}, and must have {len(groups)}",
+                    f"this is not a {fit.model.name} checkpoint: take it from its source again",
+                )
+            )
+            continue
+        seen += _seen(fit.model, place.part, zip(groups, shape, strict=True), name)
+        for axis in place.rule.template.numbered:
+            counts.setdefault((place.part.name, axis), set()).add(place.at[axis])
+    for (part, axis), numbers in counts.items():
+        seen.append(Seen((fit.model.qualified(part, axis),), max(numbers) + 1, f"{part}: the highest {axis}"))
+    sizes, disagreements = solve(_with_choices(fit.model, seen), fit.model)
+    problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
+    if not problems:
+        problems += _absent_weights(source, fit, stored, sizes)
+    return Checkpoint(source, fit.adapter, fit.model, fit.layout, stored, False, sizes, tuple(problems))
+
+
+def _absent_weights(
+    source: Source, fit: Fit, stored: Mapping[str, str], sizes: Mapping[str, int]
+) -> list[Problem]:
+    """Weights of single layers that are not there, once the number of layers is known."""
+    absent = []
+    for part in fit.model.parts:
+        local = fit.model.local_sizes(part.name, sizes)
+        for rule in part.rules:
+            for _, name in weight_names(rule, local):
+                if name not in stored:
+                    absent.append(name)
+    return [
+        Problem(
+            f"{source.location}: {name} is missing", "copy the checkpoint again, or take it from its source"
+        )
+        for name in grouped(absent)
+    ]
+
+
+def weight_names(rule: Rule, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Every weight of a rule: its index, in the order of the leaf's axes, and its name."""
+    import numpy as np
+
+    placeholders = rule.equation.placeholders
+    for index in np.ndindex(*(sizes[axis] for axis in placeholders)):
+        yield index, rule.template.format(dict(zip(placeholders, index, strict=True)))
+
+
+def _leaf_axes(rule: Rule) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The leaf and its factors, each with its axes."""
+    left = rule.equation.left
+    yield rule.leaf, left
+    if rule.lora is not None and rule.factor_leaves is not None:
+        lora_a, lora_b = rule.factor_leaves
+        yield lora_a, (*left[:-1], rule.lora.rank)
+        yield lora_b, (*left[:-2], rule.lora.rank, left[-1])
+
+
+def _seen(
+    model: Model, part: Part, dims: Iterable[tuple[tuple[str, ...], int]], where: str
+) -> Iterator[Seen]:
+    for axes, length in dims:
+        # a literal 1 is checked like an axis whose size is known
+        named = tuple(axis if axis == "1" else model.qualified(part.name, axis) for axis in axes)
+        yield Seen(named, length, where)
+
+
+def _with_choices(model: Model, seen: list[Seen]) -> list[Seen]:
+    """Sizes that the declarations fix: a unit axis, and axes whose placeholder lists its words."""
+    fixed = [Seen(("1",), 1, "openpi")] if any(one.axes == ("1",) for one in seen) else []
+    for part in model.parts:
+        for rule in part.rules:
+            for axis, words in rule.template.choices.items():
+                fixed.append(Seen((model.qualified(part.name, axis),), len(words), f"{rule.weight}"))
+    return fixed + seen
+
+
+def _fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
+    problems = [
+        Problem(
+            f"{source.location}: {kind} {name} of {fit.model.name} is missing",
+            "copy the checkpoint again, or take it from its source",
+        )
+        for name in fit.missing
+    ]
+    problems += [
+        Problem(
+            f"{source.location}: {kind} {name} is read by no rule of {fit.model.name}",
+            "it would be lost: remove it, or declare it in an adapter",
+        )
+        for name in fit.extra
+    ]
+    return problems
+
+
+def _dtype_problems(source: Source) -> list[Problem]:
+    by_dtype: dict[str, list[str]] = {}
+    for name, spec in source.specs.items():
+        if spec.dtype.name not in WEIGHT_DTYPES:
+            by_dtype.setdefault(spec.dtype.name, []).append(name)
+    return [
+        Problem(
+            f"{source.location}: {name} has dtype {dtype}",
+            f"openpi's weights are {', '.join(WEIGHT_DTYPES)}: save the checkpoint in one of them",
+        )
+        for dtype, names in by_dtype.items()
+        for name in grouped(names)
+    ]
+
+
+def _factor_problems(source: Source, model: Model, tree: Tree) -> list[Problem]:
+    """Factors without their twin, and leaves left without factors where their group has them."""
+    problems = []
+    for part in model.parts:
+        groups: dict[str, dict[bool, list[str]]] = {}
+        for rule in part.rules:
+            if rule.factor_leaves is None or rule.lora is None:
+                continue
+            there = [leaf in tree.stored for leaf in rule.factor_leaves]
+            if any(there) and not all(there):
+                have, lack = rule.factor_leaves if there[0] else reversed(rule.factor_leaves)
+                problems.append(
+                    Problem(
+                        f"{source.location}: {have} is there, and its twin {lack} is not",
+                        "copy the checkpoint again, or take it from its source",
+                    )
+                )
+            else:
+                groups.setdefault(rule.lora.rank, {}).setdefault(all(there), []).append(rule.leaf)
+        for group in groups.values():
+            if len(group) == 2:
+                problems += [
+                    Problem(
+                        f"{source.location}: {leaf} has no LoRA factors, and {group[True][0]} has",
+                        "openpi gives factors to all of them or none: take the checkpoint from its source again",
+                    )
+                    for leaf in group[False]
+                ]
+    return problems
+
+
+def _unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
+    known = ", ".join(model.name for adapter in adapters() for model in adapter.models)
+    listed = grouped(names)
+    return CheckpointRefused(
+        Problem(
+            f"{source.location}: these {len(listed)} names are no model that bridge knows (the first: {listed[0]})"
+            if listed
+            else f"{source.location} holds no array",
+            f"installed adapters know {known}; another model needs an adapter of its own",
+        )
+    )

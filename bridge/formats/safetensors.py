@@ -1,0 +1,170 @@
+"""The safetensors file: its header, read strictly and written before any tensor is.
+
+Eight bytes of length, a JSON header, one buffer without holes, little endian (safetensors,
+tensor.rs). The header needs every name, dtype and shape and no data, so a plan can lay out the
+whole file first and tensors can then be written in any order at their final place. Read here
+more strictly than by the reference: duplicate keys and unsafe names are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+from bridge.errors import Problem, SourceRefused
+from bridge.specs import BFLOAT16, Spec
+
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 100_000
+_LFS = b"version "
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor and the byte of the file where it begins."""
+
+    spec: Spec
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file holds and where."""
+
+    tensors: Mapping[str, Placed]
+    metadata: Mapping[str, str]
+    length: int
+    """Bytes of the whole file."""
+
+
+def compose(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Lay out a file: its first bytes, up to the first tensor, and where each tensor goes.
+
+    In the reference writer's order: widest dtype first (alignment), then by name.
+    """
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    described: dict[str, Any] = {}
+    if metadata:
+        described["__metadata__"] = dict(sorted(metadata.items()))
+    begin = 0
+    for name in order:
+        spec = specs[name]
+        end = begin + spec.nbytes
+        described[name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    placed = {name: Placed(specs[name], first + described[name]["data_offsets"][0]) for name in order}
+    return len(text).to_bytes(8, "little") + text, Header(placed, dict(metadata), first + begin)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a local file.
+
+    Raises:
+        SourceRefused: the file is not exactly a safetensors file, with the cause.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            start = file.read(8)
+            if start == _LFS:
+                raise SourceRefused(
+                    Problem(
+                        f"{path} is a git-lfs pointer, not data",
+                        "fetch it with `git lfs pull` in the repository the checkpoint came from",
+                    )
+                )
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+                raise ValueError(f"its header claims {length} bytes, and the file has {size}")
+            text = file.read(length)
+        return _parse(text, size)
+    except OSError as error:
+        raise SourceRefused(
+            Problem(f"{path}: {error.strerror}", "check the path and its permissions")
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise SourceRefused(
+            Problem(f"{path} is not a whole safetensors file: {error}", "copy the checkpoint again")
+        ) from error
+
+
+def _parse(text: bytes, size: int) -> Header:
+    if not text.startswith(b"{"):
+        raise ValueError("its header does not begin with '{'")
+    described = json.loads(text, object_pairs_hook=_no_duplicates)
+    metadata = described.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not all text")
+    if len(described) > MAX_TENSORS:
+        raise ValueError(f"it lists {len(described)} tensors")
+    first = 8 + len(text)
+    tensors = {name: _placed(name, entry, first) for name, entry in described.items()}
+    end = first
+    for name, placed in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+        if placed.offset != end:
+            raise ValueError(f"{name} begins at byte {placed.offset}, and the tensor before it ends at {end}")
+        end += placed.spec.nbytes
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, and the file has {size}")
+    return Header(tensors, metadata, size)
+
+
+def _placed(name: str, entry: Any, first: int) -> Placed:
+    if not name or len(name) > 1024 or ".." in name or "/" in name or not name.isprintable():
+        raise ValueError(f"the tensor name {name[:80]!r} is not safe")
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is not described")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {dtype!r}")
+    if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
+        raise ValueError(f"{name} has shape {shape!r} at {offsets!r}")
+    spec = Spec(tuple(shape), _DTYPES[dtype])
+    if spec.nbytes != offsets[1] - offsets[0]:
+        raise ValueError(f"{name} is {spec}, and has {offsets[1] - offsets[0]} bytes")
+    return Placed(spec, first + offsets[0])
+
+
+def _naturals(value: object, *, at_most: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) <= at_most and all(type(n) is int and n >= 0 for n in value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands in it twice")
+    return found

@@ -1,0 +1,75 @@
+"""``bridge.json``: what an output was made from, how, and the checksum of everything in it.
+
+It holds no time and no path, so that the same conversion gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    from bridge.planner import Plan
+    from bridge.step import Done
+
+#: packages whose version can change an output's bytes
+PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
+
+
+def combined(sums: Mapping[str, str]) -> str:
+    """One checksum of many: xxh3-128 over ``name checksum`` lines in order of name."""
+    lines = "".join(f"{name} {sums[name]}\n" for name in sorted(sums))
+    return xxhash.xxh3_128(lines.encode()).hexdigest()
+
+
+def record_text(plan: Plan, done: Iterable[Done], sums: Mapping[str, str]) -> str:
+    """The record of a finished conversion, as JSON."""
+    checkpoint = plan.checkpoint
+    read = {name: checksum for each in done for name, checksum in each.read.items()}
+    leaves = {
+        name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[name]}
+        for name in sorted(read)
+    }
+    record: dict[str, Any] = {
+        "model": checkpoint.model.name,
+        "route": [converter.name for converter in plan.route],
+        "loss": plan.loss.name.lower(),
+        "layout": plan.layout.name,
+        "dtype": plan.dtype,
+        "scales": {
+            name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
+            for name, s in plan.scales.items()
+        },
+        "sizes": dict(sorted(checkpoint.sizes.items())),
+        "source": {
+            "format": checkpoint.source.format,
+            "state": str(checkpoint.state),
+            "value_suffix": checkpoint.value_suffix,
+            "fingerprint": combined(read),
+            "leaves": leaves,
+        },
+        "checksum": combined(sums),
+        "tensors": {
+            name: {"dtype": spec.dtype.name, "checksum": sums.get(name, "zeros")}
+            for name, spec in plan.specs.items()
+        },
+        "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(plan.files.items())},
+        "checksums": "xxh3-128 of the values in little-endian C order",
+        "versions": _versions(),
+    }
+    record["sizes"].pop("1", None)
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

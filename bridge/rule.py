@@ -1,0 +1,79 @@
+"""Rules: which JAX leaf becomes which PyTorch weights. A model's table is made of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from bridge.axes import Equation
+from bridge.lora import FactorAxes, factor_axes
+from bridge.names import Template
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where a leaf's LoRA factors are stored, and whether the runtime scales their product.
+
+    ``leaf`` is the ending of the leaf's path that ``a`` and ``b`` take the place of.
+    """
+
+    leaf: str
+    a: str
+    b: str
+    rank: str
+    """Name of the rank axis: factors that name the same one, in one part, have one rank."""
+    scaled: bool
+    """Whether the product is multiplied by alpha / rank at run time."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One axis equation: ``leaf`` (path in the pytree) becomes ``weight`` (state_dict names).
+
+    Checked when declared: the equation itself, that exactly its placeholders stand in the
+    weight's name, and, with ``lora``, that the leaf can carry factors.
+
+    Raises:
+        ValueError: the declaration contradicts itself.
+    """
+
+    leaf: str
+    weight: str
+    axes: str
+    lora: Factors | None = None
+    hold: str | None = None
+    """dtype that the runtime holds this weight in whatever the policy's precision, if any."""
+
+    def __post_init__(self) -> None:
+        placeholders, named = self.equation.placeholders, self.template.axes
+        if len(set(named)) != len(named) or set(placeholders) != set(named):
+            raise ValueError(
+                f"rule for {self.leaf}: {self.weight!r} has placeholders {sorted(named)}, "
+                f"'{self.axes}' needs {sorted(placeholders)}"
+            )
+        if self.lora is not None:
+            if not self.leaf.endswith(self.lora.leaf):
+                raise ValueError(f"rule for {self.leaf}: factors replace {self.lora.leaf!r}, which it lacks")
+            if self.lora.rank in self.equation.left:
+                raise ValueError(f"rule for {self.leaf}: {self.lora.rank!r} is an axis of the leaf itself")
+            factor_axes(self.equation)
+
+    @cached_property
+    def equation(self) -> Equation:
+        return Equation.parse(self.axes)
+
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.weight)
+
+    @cached_property
+    def factor_axes(self) -> FactorAxes:
+        return factor_axes(self.equation)
+
+    @cached_property
+    def factor_leaves(self) -> tuple[str, str] | None:
+        """Paths of ``lora_a`` and ``lora_b``, for a leaf that can have them."""
+        if self.lora is None:
+            return None
+        stem = self.leaf.removesuffix(self.lora.leaf) if self.lora.leaf else self.leaf
+        return stem + self.lora.a, stem + self.lora.b

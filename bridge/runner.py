@@ -1,0 +1,168 @@
+"""Carrying out a plan: steps over workers, within a memory budget, into an output that appears whole."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import Problem, Refusal, ValueRefused, refuse_if
+from bridge.formats import Sink
+from bridge.planner import Plan
+from bridge.plugins import formats
+from bridge.publish import RECORD, publishing
+from bridge.record import combined, record_text
+from bridge.step import Done, Step, Tick, run_step
+
+Progress = Callable[[int, int], None]
+"""Called with the decoded source bytes dealt with so far, and their total."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did."""
+
+    destination: Path
+    bytes_read: int
+    bytes_written: int
+    tensors: int
+    seconds: float
+    peak_memory: int
+    """Highest resident memory of this process so far, in bytes."""
+    checksum: str
+    """xxh3-128 over the checksums of all tensors, in order of name."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9)
+
+
+def run(plan: Plan, progress: Progress | None = None, executor: Executor | None = None) -> Result:
+    """Carry out a plan.
+
+    Args:
+        plan: from :func:`bridge.plan`.
+        progress: called as bytes are dealt with.
+        executor: runs the steps; threads of this process by default. Steps can be pickled and
+            the output directory must be reachable from its workers.
+
+    Raises:
+        Refusal: a value cannot be converted, the source cannot be read, or the destination has
+            come to exist. Nothing is left behind.
+    """
+    if plan.destination is None:
+        raise ValueError("this plan has no destination")
+    began = time.perf_counter()
+    counter = _Counter(plan.bytes_decoded, progress)
+    format = next(known for known in formats() if known.name == plan.format)
+    assert format.create is not None
+    with publishing(plan.destination, overwrite=plan.overwrite) as directory:
+        sink = format.create(directory, plan.specs, plan.header)
+        done = run_steps(plan, sink, counter.add, executor)
+        sink.finish()
+        for name, data in plan.files.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        sums = {name: checksum for each in done for name, checksum in each.written.items()}
+        (directory / RECORD).write_text(record_text(plan, done, sums))
+    return Result(
+        destination=plan.destination,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        tensors=len(plan.specs),
+        seconds=time.perf_counter() - began,
+        peak_memory=peak_memory(),
+        checksum=combined(sums),
+    )
+
+
+def run_steps(plan: Plan, sink: Sink, tick: Tick, executor: Executor | None = None) -> list[Done]:
+    """Run every step of a plan into a sink, as many at once as workers and memory budget allow.
+
+    Raises:
+        ValueRefused: weights whose values cannot be converted, all of them.
+        Refusal: the source cannot be read.
+    """
+    source = plan.checkpoint.source
+    # the largest first: it would otherwise run alone at the end
+    order = deque(sorted(range(len(plan.steps)), key=lambda i: (-plan.steps[i].memory, i)))
+    done: dict[int, Done] = {}
+    running: dict[Future[Done], int] = {}
+    own = ThreadPoolExecutor(plan.workers, thread_name_prefix="bridge") if executor is None else None
+    stop = threading.Event()
+
+    def submit(step: Step) -> Future[Done]:
+        if own is not None:
+            return own.submit(run_step, step, source, sink, _stoppable(tick, stop))
+        assert executor is not None
+        return executor.submit(run_step, step, source, sink)
+
+    try:
+        while order or running:
+            held = sum(plan.steps[i].memory for i in running.values())
+            while order and len(running) < plan.workers:
+                fits = next((i for i in order if held + plan.steps[i].memory <= plan.memory_budget), None)
+                if fits is None:
+                    break
+                order.remove(fits)
+                held += plan.steps[fits].memory
+                running[submit(plan.steps[fits])] = fits
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number = running.pop(future)
+                done[number] = future.result()
+                if own is None:
+                    tick(sum(source.specs[n].nbytes for n in plan.steps[number].leaf.names))
+    finally:
+        # on an error, steps under way stop at their next block, so that nothing outlives this call
+        stop.set()
+        for future in running:
+            future.cancel()
+        if own is not None:
+            own.shutdown(wait=True, cancel_futures=True)
+        else:
+            wait(running)
+    ordered = [done[i] for i in range(len(plan.steps))]
+    refuse_if((problem for each in ordered for problem in each.problems), ValueRefused)
+    return ordered
+
+
+class _Stopped(Refusal):
+    """Raised inside a step that is not needed any more."""
+
+
+def _stoppable(tick: Tick, stop: threading.Event) -> Tick:
+    def check(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped(Problem("stopped", "see the first error"))
+        tick(count)
+
+    return check
+
+
+class _Counter:
+    """Adds up bytes from several threads, and passes the sum on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._count += count
+            if self._progress is not None:
+                self._progress(self._count, self._total)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,51 @@
+"""Shape and dtype of an array that may not have been read: what all planning is done with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+
+#: the dtypes a weight may have; anything else in a checkpoint is refused
+WEIGHT_DTYPES = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, uncompressed."""
+        return self.size * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}{list(self.shape)}"
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order. numpy lends no buffer of a bfloat16 array directly."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element is an infinity or NaN. Any float dtype; never makes a wide copy."""
+    if array.dtype == BFLOAT16:
+        # ml_dtypes' isfinite goes element by element through float32; the exponent bits say it.
+        exponent = np.uint16(0x7F80)
+        return not bool(((array.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(array).all())
