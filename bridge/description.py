@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.checkpoint import Checkpoint, open_source, understand
-from bridge.errors import CheckpointRefused
 from bridge.formats.location import Location
+from bridge.model import Part
+from bridge.names import Template, skeleton
 from bridge.specs import WEIGHT_DTYPES
 
 
@@ -25,7 +26,7 @@ class PartDescription:
     lora: dict[str, Any] | None
     """Ranks by kind, stock alpha where the rank has one, and parameters of the factors."""
     trained: str
-    """``"LoRA factors"``, ``"in full"``, ``"frozen"``, or why the dtypes do not tell."""
+    """``"LoRA"``, ``"in full"``, ``"frozen"``, or why the dtypes do not tell."""
 
 
 @dataclass(frozen=True)
@@ -85,36 +86,56 @@ def _part(checkpoint: Checkpoint, name: str) -> PartDescription:
     specs, stored = checkpoint.source.specs, checkpoint.stored
     weights, factors = Counter[str](), 0
     ranks: dict[str, int] = {}
-    prefixes = {rule.leaf for rule in part.rules}
+    factor_dtypes: set[str] = set()
     for rule in part.rules:
         for key in _stored_of(checkpoint, rule.leaf, rule.weight):
             spec = specs[key]
             weights[spec.dtype.name] += spec.size
         if checkpoint.has_lora(rule) and rule.lora is not None:
-            factors += sum(specs[stored[leaf]].size for leaf in rule.factor_leaves or ())
+            for leaf in rule.factor_leaves or ():
+                factors += specs[stored[leaf]].size
+                factor_dtypes.add(specs[stored[leaf]].dtype.name)
             ranks["attention" if rule.lora.scaled else "feed-forward"] = checkpoint.rank(name, rule)
-    local = checkpoint.model.local_sizes(name, checkpoint.sizes)
     lora = None
     if ranks:
         rank = ranks.get("attention")
-        lora = {"ranks": ranks, "stock_alpha": part.stock_alpha.get(rank or 0), "parameters": factors}
-    assert prefixes
+        lora = {
+            "ranks": ranks,
+            "stock_alpha": part.stock_alpha.get(rank or 0),
+            "parameters": factors,
+            "dtypes": sorted(factor_dtypes),
+        }
     return PartDescription(
         name=name,
         parameters=sum(weights.values()) + factors,
         dtypes=dict(sorted(weights.items())),
-        sizes={axis: local[axis] for axis in sorted(local) if axis not in ("rank", "ffn_rank", "1")},
+        sizes=_dimensions(checkpoint, part),
         lora=lora,
         trained=_trained(checkpoint, weights, has_lora=bool(ranks)),
     )
+
+
+def _dimensions(checkpoint: Checkpoint, part: Part) -> dict[str, int]:
+    """The sizes that tell one part from another: no rank, no k-or-v, no multiple of another size."""
+    model = checkpoint.model
+    derived = {model.qualified(*multiple.axis.split(".")) for multiple in model.multiples}
+    found: dict[str, int] = {}
+    named: set[str] = set()
+    for rule in part.rules:
+        for axis in rule.equation.left:
+            qualified = model.qualified(part.name, axis)
+            if qualified in named or qualified in derived or axis in rule.template.choices:
+                continue
+            if qualified in checkpoint.sizes and axis.isidentifier():
+                named.add(qualified)
+                found[axis] = checkpoint.sizes[qualified]
+    return dict(sorted(found.items()))
 
 
 def _stored_of(checkpoint: Checkpoint, leaf: str, weight: str) -> list[str]:
     """Names in the source of all arrays a rule covers (its factors aside)."""
     if checkpoint.layout is None:
         return [checkpoint.stored[leaf]] if leaf in checkpoint.stored else []
-    from bridge.names import Template, skeleton
-
     forms = {form for form, _ in Template(weight).skeletons()}
     return [stored for name, stored in checkpoint.stored.items() if skeleton(name)[0] in forms]
 
@@ -122,19 +143,12 @@ def _stored_of(checkpoint: Checkpoint, leaf: str, weight: str) -> list[str]:
 def _trained(checkpoint: Checkpoint, weights: Counter[str], *, has_lora: bool) -> str:
     """openpi stores what a LoRA run freezes in bfloat16 and what it trains in float32."""
     if checkpoint.layout is not None:
-        return "not told by a PyTorch checkpoint"
+        return "not told by PyTorch files"
     if not any(checkpoint.lora_rules()):
-        return "not told: no LoRA run"
+        return "not told, no LoRA run"
     everywhere = {spec.dtype.name for spec in checkpoint.source.specs.values()}
     if len(everywhere & WEIGHT_DTYPES.keys()) < 2:
-        return (
-            "LoRA factors, and what else is not told by dtypes"
-            if has_lora
-            else "not told: one dtype throughout"
-        )
+        return "LoRA; else not told, all one dtype" if has_lora else "not told, all one dtype"
     if set(weights) == {"float32"}:
         return "in full"
-    return "LoRA factors" if has_lora else "frozen"
-
-
-__all__ = ["CheckpointRefused", "Description", "PartDescription", "describe"]
+    return "LoRA" if has_lora else "frozen"

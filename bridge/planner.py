@@ -91,9 +91,19 @@ class Plan:
         return RESIDENT + min(sum(biggest), self.memory_budget)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def headline(self) -> list[str]:
+        """Source, route, loss, scales and notes: what a user must know before it runs."""
+        from bridge.text import head
+
+        return list(head(self))
+
+    def text(self, width: int = 200) -> str:
+        """The whole plan, for a terminal of this width."""
         from bridge.text import plan_text
 
-        return plan_text(self)
+        return plan_text(self, width)
 
     def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
         """Carry it out: see :func:`bridge.runner.run`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,12 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def plan_text(plan: Plan) -> str:
-    return "\n".join((*_head(plan), "", *_rules(plan), *_rest(plan)))
+def plan_text(plan: Plan, width: int) -> str:
+    """The whole plan. Each rule takes one line, or two where they do not fit the width."""
+    return "\n".join((*head(plan), "", *_rules(plan, width), "", *_totals(plan)))
 
 
-def _head(plan: Plan) -> Iterator[str]:
+def head(plan: Plan) -> Iterator[str]:
     checkpoint = plan.checkpoint
     yield f"source       {checkpoint.source.location}"
     yield f"             {checkpoint.state}, model {checkpoint.model.name}"
@@ -52,7 +54,7 @@ def _loss(plan: Plan) -> str:
     }[plan.loss.name]
 
 
-def _rules(plan: Plan) -> Iterator[str]:
+def _rules(plan: Plan, width: int) -> Iterator[str]:
     for part in plan.checkpoint.model.parts:
         steps = [step for step in plan.steps if step.part == part.name]
         if not steps:
@@ -65,16 +67,19 @@ def _rules(plan: Plan) -> Iterator[str]:
             (
                 step.rule.leaf.removeprefix(leaves),
                 f"{step.source_spec}{_lora(step)}",
-                "->",
-                _braced([name.removeprefix(weights) for name in names]),
+                "-> " + _braced([name.removeprefix(weights) for name in names]),
                 str(step.spec),
-                plan.checkpoint.source.how(step.leaf.w),
             )
             for step, names in zip(steps, shown, strict=True)
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        one_line = sum(widths) + 2 * len(widths) <= width
         for row in rows:
-            yield ("  " + "  ".join(map(str.ljust, row, widths))).rstrip()
+            if one_line:
+                yield ("  " + "  ".join(map(str.ljust, row, widths))).rstrip()
+            else:
+                yield f"  {row[0]}  {row[1]}"
+                yield f"    {row[2]}  {row[3]}"
     for name, reason in plan.zeros.items():
         yield f"zeros: {name} {plan.specs[name]}: {reason}"
     for alias, name in plan.header.items():
@@ -90,10 +95,12 @@ def _lora(step: Step) -> str:
     return f" + {step.scale:g} a b" if step.rule.lora and step.rule.lora.scaled else " + a b"
 
 
-def _rest(plan: Plan) -> Iterator[str]:
-    yield ""
-    yield f"reads        {size(plan.bytes_read)} ({size(plan.bytes_decoded)} decoded), {len(plan.steps)} rules"
-    yield f"writes       {size(plan.bytes_written)}, {len(plan.specs)} tensors"
+def _totals(plan: Plan) -> Iterator[str]:
+    source = plan.checkpoint.source
+    ways = Counter(source.how(name) for step in plan.steps for name in step.leaf.names)
+    how = ", ".join(f"{count} arrays {way}" for way, count in ways.items())
+    yield f"reads        {size(plan.bytes_read)} ({size(plan.bytes_decoded)} decoded): {how}"
+    yield f"writes       {size(plan.bytes_written)}: {len(plan.specs)} tensors by {len(plan.steps)} rules"
     yield f"memory       about {size(plan.memory)} at most"
 
 

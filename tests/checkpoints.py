@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +23,13 @@ Tree: TypeAlias = dict[str, Array]
 Layout: TypeAlias = Literal["ocdbt", "ocdbt-zarr3", "zarr", "zarr3"]
 
 LORA: Mapping[str, int] = {"paligemma": 5, "expert": 3}
+
+# OCDBT's settings as Orbax makes them.
+CONFIG: dict[str, Any] = {
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 100_000_000,
+    "manifest_kind": "single",
+}
 
 # Almost all primes, and no two axes of a leaf alike unless the architecture (2 for k|v and gate|up,
 # 3 for RGB and q|k|v) makes them so: a wrong axis order does not pass as a reshape.
@@ -65,12 +72,12 @@ def pi0_tree(
     """
     if unknown := (dims.keys() - DIMS.keys()) | (lora.keys() - LORA.keys()):
         raise TypeError(f"unknown: {sorted(unknown)}")
-    shapes = _shapes({**DIMS, **dims}, model, lora, kv_heads, fused_qkv)
+    wanted = shapes({**DIMS, **dims}, model, lora, kv_heads, fused_qkv)
     return {
-        path: _random(path, shapes[path], seed).astype(
+        path: _random(path, wanted[path], seed).astype(
             _dtype(dtype if frozen_dtype is None or not is_frozen(path, lora) else frozen_dtype)
         )
-        for path in sorted(shapes)
+        for path in sorted(wanted)
     }
 
 
@@ -121,6 +128,41 @@ def save(
     return path
 
 
+def save_stream(arrays: Iterable[tuple[str, Array]], path: Path) -> Path:
+    """Write a step directory of any size, an array at a time, as training saves it."""
+    import tensorstore as ts
+
+    params = Path(path).absolute() / "params"
+    home = params / "ocdbt.process_0"
+    home.mkdir(parents=True)
+    context = ts.Context()
+
+    def kvstore(directory: Path, key: str = "") -> dict[str, Any]:
+        base = {"driver": "file", "path": f"{directory}/"}
+        return {"driver": "ocdbt", "base": base, "path": key, "config": CONFIG, "assume_config": True}
+
+    described: Tree = {}
+    for name, array in arrays:
+        stored = f"params/{name}/value"
+        spec = {
+            "driver": "zarr",
+            "kvstore": kvstore(home, stored.replace("/", ".") + "/"),
+            "dtype": array.dtype.name,
+            "metadata": _zarr2(array.shape, array.shape, True),
+            "store_data_equal_to_fill_value": True,
+        }
+        ts.open(spec, create=True, context=context).result().write(array).result()
+        described[stored] = np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    root, part = (ts.KvStore.open(kvstore(at), context=context).result() for at in (params, home))
+    # the root refers to the values where they lie, which takes a transaction
+    transaction = ts.Transaction(atomic=True)
+    part.experimental_copy_range_to(root.with_transaction(transaction)).result()
+    transaction.commit_sync()
+    (params / "_METADATA").write_text(json.dumps(_tree_metadata(described, True, False)))
+    _write_checkpoint_metadata(params.parent, True)
+    return params.parent
+
+
 def restore(path: Path) -> Tree:
     """Leaf path to array as Orbax restores it the way openpi asks it to: every reader's oracle."""
     import jax
@@ -143,22 +185,23 @@ def restore(path: Path) -> Tree:
 # Trees.
 
 
-def _shapes(
+def shapes(
     dims: Mapping[str, int], model: str, lora: Mapping[str, int], kv_heads: int, fused_qkv: bool
 ) -> dict[str, Shape]:
+    """Leaf path to shape, of every leaf that openpi's model has. `dims` has all the keys of `DIMS`."""
     layers, heads, head_dim = dims["layers"], dims["heads"], dims["head_dim"]
     width = dims["width"]
-    shapes: dict[str, Shape] = {"PaliGemma/llm/embedder/input_embedding": (dims["vocab"], width)}
+    found: dict[str, Shape] = {"PaliGemma/llm/embedder/input_embedding": (dims["vocab"], width)}
 
     def dense(path: str, inputs: Shape, outputs: Shape, *stack: int) -> None:
-        shapes[f"{path}/kernel"] = (*stack, *inputs, *outputs)
-        shapes[f"{path}/bias"] = (*stack, *outputs)
+        found[f"{path}/kernel"] = (*stack, *inputs, *outputs)
+        found[f"{path}/bias"] = (*stack, *outputs)
 
     def factored(path: str, weight: str, factor: str, shape: Shape, rank: int | None) -> None:
-        shapes[path + weight] = shape
+        found[path + weight] = shape
         if rank is not None:
-            shapes[f"{path}{factor}lora_a"] = (*shape[:-1], rank)
-            shapes[f"{path}{factor}lora_b"] = (*shape[:-2], rank, shape[-1])
+            found[f"{path}{factor}lora_a"] = (*shape[:-1], rank)
+            found[f"{path}{factor}lora_b"] = (*shape[:-2], rank, shape[-1])
 
     for expert, suffix, size, hidden in (
         ("paligemma", "", width, dims["mlp"]),
@@ -183,23 +226,23 @@ def _shapes(
             if model == "pi05" and suffix:
                 dense(f"{norm}{suffix}/Dense_0", (size,), (3 * size,), *stack)
             else:
-                shapes[f"{norm}{suffix}/scale"] = (*stack, size)
+                found[f"{norm}{suffix}/scale"] = (*stack, size)
 
     image, block = "PaliGemma/img", "PaliGemma/img/Transformer/encoderblock"
     per_head = (dims["image_heads"], dims["image_head_dim"])
     flat, hidden_image, depth = (math.prod(per_head),), (dims["image_mlp"],), dims["image_layers"]
     for norm in ("LayerNorm_0", "LayerNorm_1"):
-        shapes[f"{block}/{norm}/scale"] = shapes[f"{block}/{norm}/bias"] = (depth, *flat)
+        found[f"{block}/{norm}/scale"] = found[f"{block}/{norm}/bias"] = (depth, *flat)
     for name in ("query", "key", "value"):
         dense(f"{block}/MultiHeadDotProductAttention_0/{name}", flat, per_head, depth)
     dense(f"{block}/MultiHeadDotProductAttention_0/out", per_head, flat, depth)
     dense(f"{block}/MlpBlock_0/Dense_0", flat, hidden_image, depth)
     dense(f"{block}/MlpBlock_0/Dense_1", hidden_image, flat, depth)
     final_norm = f"{image}/Transformer/encoder_norm"
-    shapes[f"{final_norm}/scale"] = shapes[f"{final_norm}/bias"] = flat
+    found[f"{final_norm}/scale"] = found[f"{final_norm}/bias"] = flat
     dense(f"{image}/embedding", (dims["patch"], dims["patch"], 3), flat)
     dense(f"{image}/head", flat, (width,))
-    shapes[f"{image}/pos_embedding"] = (1, dims["image_tokens"], *flat)
+    found[f"{image}/pos_embedding"] = (1, dims["image_tokens"], *flat)
 
     action, state = (dims["action_dim"],), (dims["expert_width"],)
     dense("action_in_proj", action, state)
@@ -211,7 +254,7 @@ def _shapes(
         dense("state_proj", action, state)
         dense("action_time_mlp_in", (2 * state[0],), state)
         dense("action_time_mlp_out", state, state)
-    return shapes
+    return found
 
 
 def _random(path: str, shape: Shape, seed: int) -> Array:
@@ -288,11 +331,7 @@ def _save_tensorstore(
 
     ocdbt, zarr3 = layout.startswith("ocdbt"), layout.endswith("zarr3")
     context, fresh = ts.Context(), {"assume_config": True}
-    config = {  # Orbax's own
-        "max_inline_value_bytes": 1024,
-        "max_decoded_node_bytes": node_bytes or 100_000_000,
-        "manifest_kind": "single",
-    }
+    config = CONFIG | ({"max_decoded_node_bytes": node_bytes} if node_bytes else {})
     params.mkdir(parents=True)
 
     def kvstore(directory: Path, key: str = "") -> dict[str, Any]:

@@ -142,5 +142,5 @@ def _dtype(name: Any) -> np.dtype:
         except TypeError as error:
             raise ValueError(f"dtype is {name!r}") from error
         if dtype.kind in "fiub" and dtype.isnative:
-            return np.dtype(dtype)
+            return dtype
     raise ValueError(f"dtype is {name!r}")

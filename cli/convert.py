@@ -1,0 +1,179 @@
+"""``bridge convert``."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bridge.converters import STATES, TARGETS
+
+from .show import columns, common, progress, say
+
+if TYPE_CHECKING:
+    from bridge import Plan, Result
+
+FORMATS = sorted({state.name for state in STATES})
+
+
+def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for value in values:
+        expert, _, number = value.rpartition("=")
+        try:
+            alpha = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is neither ALPHA nor EXPERT=ALPHA", ctx, option) from None
+        if not math.isfinite(alpha) or alpha <= 0:
+            raise click.BadParameter(f"{value!r}: alpha is a positive number", ctx, option)
+        if expert in found:
+            raise click.BadParameter(f"alpha of {expert or 'all experts'} is given twice", ctx, option)
+        found[expert] = alpha
+    return found
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--to", type=click.Choice(TARGETS), required=True, help="Format to make.")
+@click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC; it tells itself as a rule.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("keep", "float32", "bfloat16", "float16")),
+    help="dtype to write; default bfloat16, or float32 when LoRA is folded. The narrow ones keep in float32 "
+    "what openpi's runtime holds in float32.",
+)
+@click.option(
+    "--lora-alpha",
+    multiple=True,
+    metavar="[EXPERT=]ALPHA",
+    callback=_alphas,
+    help="LoRA alpha of the training config, where the rank is not a stock one. Repeatable.",
+)
+@click.option("--rslora", is_flag=True, help="The run scaled LoRA by alpha / sqrt(rank).")
+@click.option("--layout", default="openpi", show_default=True, help="Names: openpi, lerobot or transformers.")
+@click.option("--action-horizon", type=click.IntRange(1), help="Length of an action chunk, for config.json.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is whole, if bridge wrote it.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@common
+def convert(
+    src: str,
+    dst: str,
+    to: str,
+    from_: str | None,
+    dtype: str | None,
+    lora_alpha: dict[str, float],
+    rslora: bool,
+    layout: str,
+    action_horizon: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    workers: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert the checkpoint SRC into the new directory DST.
+
+    SRC is a training step, its params/, a directory of steps (the newest finished one is taken),
+    or a gs:// URL of one. Norm stats travel along. DST appears whole or not at all.
+    """
+    import bridge
+
+    plan = bridge.plan(
+        src,
+        dst,
+        to=to,
+        from_=from_,
+        dtype=dtype,
+        lora_alpha=lora_alpha or None,
+        rslora=rslora,
+        layout=layout,
+        action_horizon=action_horizon,
+        overwrite=overwrite,
+        workers=workers,
+    )
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(_plan_json(plan), indent=2))
+        else:
+            say(plan.text(columns()))
+        return
+    if not quiet:
+        for line in plan.headline():
+            say(line, as_json=as_json)
+    with progress("converting", quiet=quiet or as_json) as show:
+        result = plan.run(show)
+    if not quiet:
+        for line in _result_lines(result):
+            say(line, as_json=as_json)
+    if as_json:
+        click.echo(json.dumps(_plan_json(plan, rules=False) | _result_json(result), indent=2))
+
+
+def _result_lines(result: Result) -> list[str]:
+    from bridge.text import size
+
+    rate = size(result.bytes_per_second)
+    return [
+        f"{click.style('wrote', fg='green')}        {result.destination}, {result.tensors} tensors",
+        f"             read {size(result.bytes_read)}, wrote {size(result.bytes_written)} "
+        f"in {result.seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
+        f"             checksum {result.checksum}",
+    ]
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    return {
+        "bytes_read": result.bytes_read,
+        "bytes_written": result.bytes_written,
+        "seconds": result.seconds,
+        "bytes_per_second": result.bytes_per_second,
+        "peak_memory": result.peak_memory,
+        "checksum": result.checksum,
+    }
+
+
+def _plan_json(plan: Plan, *, rules: bool = True) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "source": str(plan.checkpoint.source.location),
+        "destination": str(plan.destination),
+        "model": plan.checkpoint.model.name,
+        "state": str(plan.checkpoint.state),
+        "route": [edge.name for edge in plan.route],
+        "loss": plan.loss.name.lower(),
+        "dtype": plan.dtype,
+        "layout": plan.layout.name,
+        "scales": {
+            name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
+            for name, s in plan.scales.items()
+        },
+        "tensors": len(plan.specs),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": plan.memory,
+        "notes": list(plan.notes),
+    }
+    if rules:
+        made["rules"] = [
+            {
+                "part": step.part,
+                "leaf": step.rule.leaf,
+                "axes": step.rule.axes,
+                "shape": list(step.source_spec.shape),
+                "dtype": step.source_spec.dtype.name,
+                "lora": step.leaf.a is not None,
+                "scale": step.scale if step.leaf.a is not None else None,
+                "weights": [name for _, names in step.weights for name in names],
+                "weight_shape": list(step.spec.shape),
+                "weight_dtype": step.spec.dtype.name,
+                "read": plan.checkpoint.source.how(step.leaf.w),
+            }
+            for step in plan.steps
+        ]
+        made["zeros"] = dict(plan.zeros)
+        made["files"] = sorted(plan.files)
+    return made

@@ -1,0 +1,89 @@
+"""``bridge inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from .show import common, say
+
+if TYPE_CHECKING:
+    from bridge import Description
+    from bridge.description import PartDescription
+
+
+@click.command()
+@click.argument("path")
+@click.option("--from", "from_", help="Format of PATH; it tells itself as a rule.")
+@common
+def inspect(path: str, from_: str | None, as_json: bool) -> None:
+    """Say what PATH is: format, model, experts, ranks, dtypes, sizes, what was trained, assets.
+
+    Reads names and shapes only. Exit status 1 when a fault is found.
+    """
+    import bridge
+
+    description = bridge.describe(path, from_)
+    if as_json:
+        click.echo(json.dumps(description.as_json(), indent=2))
+    else:
+        _print(description)
+    if description.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _print(description: Description) -> None:
+    from bridge.text import size
+
+    say(f"{click.style(description.path, bold=True)}")
+    suffix = ", leaves end in 'value' (saved by training)" if description.value_suffix else ""
+    say(f"  state       {description.state}{suffix}")
+    say(f"  model       {click.style(description.model, bold=True)}, names: {description.layout}")
+    say(
+        f"  parameters  {_count(description.parameters)} in {description.arrays} arrays, "
+        f"{size(description.nbytes)} ({size(description.stored_bytes)} stored)"
+    )
+    rows: list[tuple[str, ...]] = [("part", "parameters", "dtype", "dimensions", "LoRA", "trained")]
+    rows += [_row(part) for part in description.parts]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    say("")
+    for number, row in enumerate(rows):
+        line = "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        say(click.style(line, dim=True) if number == 0 else line)
+    say("")
+    say(f"  assets      {', '.join(description.assets) or 'none'}")
+    for note in description.notes:
+        say(f"  note        {note}")
+    for problem in description.problems:
+        say(f"  {click.style('fault', fg='red')}       {problem}")
+
+
+def _row(part: PartDescription) -> tuple[str, ...]:
+    sizes = " ".join(f"{axis} {count}" for axis, count in part.sizes.items())
+    return (
+        part.name,
+        _count(part.parameters),
+        ", ".join(part.dtypes),
+        sizes,
+        _lora(part),
+        part.trained,
+    )
+
+
+def _lora(part: PartDescription) -> str:
+    if part.lora is None:
+        return "none"
+    ranks = part.lora["ranks"]
+    alpha = part.lora["stock_alpha"]
+    rank = "/".join(str(each) for each in dict.fromkeys(ranks.values()))
+    dtypes = ", ".join(part.lora["dtypes"])
+    return f"rank {rank} {dtypes}, alpha {'not stored' if alpha is None else f'{alpha:g} (stock)'}"
+
+
+def _count(number: int) -> str:
+    for divisor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if number >= divisor:
+            return f"{number / divisor:.3g}{unit}"
+    return str(number)

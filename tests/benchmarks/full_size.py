@@ -1,0 +1,59 @@
+"""Makes an openpi pi0 checkpoint of true shapes, random weights, in the form training saves it.
+
+    python tests/benchmarks/full_size.py DIRECTORY [LAYERS]
+
+What a LoRA run freezes is bfloat16, what it trains float32; every array is one zstd chunk in
+OCDBT, as Orbax writes it. With 18 layers: 3.3 billion parameters, 7.5 GB before compression.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checkpoints import is_frozen, save_stream, shapes
+
+STOCK = {
+    "layers": 18, "heads": 8, "head_dim": 256, "width": 2048, "mlp": 16384,
+    "expert_width": 1024, "expert_mlp": 4096, "vocab": 257152, "action_dim": 32,
+    "image_layers": 27, "image_heads": 16, "image_head_dim": 72, "image_mlp": 4304,
+    "image_tokens": 256, "patch": 14,
+}  # fmt: skip
+LORA = {"paligemma": 16, "expert": 32}
+
+
+def weights(shape: tuple[int, ...], frozen: bool, seed: int) -> np.ndarray:
+    """Numbers that compress like trained ones: normal, of a weight's size."""
+    import ml_dtypes
+
+    random = np.random.Generator(np.random.SFC64(seed))
+    size = int(np.prod(shape))
+    # one block of normals, shifted: drawing billions would take longer than what is measured
+    block = (random.standard_normal(min(size, 1 << 24), np.float32) * np.float32(0.02))
+    dtype: Any = ml_dtypes.bfloat16 if frozen else np.float32
+    out = np.empty(size, dtype)
+    for start in range(0, size, len(block)):
+        part = block[: size - start]
+        scale = np.float32(1 + start / max(size, 1))
+        out[start : start + len(part)] = (part * scale).astype(dtype)
+    return out.reshape(shape)
+
+
+def make(directory: Path, layers: int = 18, lora: Mapping[str, int] = LORA) -> Path:
+    """Write the checkpoint; one array is in memory at a time."""
+    sizes = {**STOCK, "layers": layers, "image_layers": 27 * layers // 18}
+    every = shapes(sizes, "pi0", lora, 1, False)
+    arrays = (
+        (name, weights(every[name], is_frozen(name, lora), number)) for number, name in enumerate(sorted(every))
+    )
+    return save_stream(arrays, directory)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 18)
