@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import save
+from tests.checkpoints import save
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "cli" / "sample" / "pi0_lora" / "checkpoint"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from checkpoints import pi0_tree, save
+from tests.checkpoints import pi0_tree, save
 from safetensors.numpy import load
 
 import bridge
