@@ -1,14 +1,16 @@
-"""The files that loaders want beside the weights.
+"""The files that loaders want beside the weights, and the dimensions such a file tells.
 
 transformers reads ``config.json`` (models/pi0/configuration_pi0.py); openpi ignores it, and finds
 its own dimensions in a training config. A sub-config replaces the class's defaults whole, so
-every field that matters is written.
+every field that matters is written. The table of dimensions serves both ways: a state_dict alone
+does not tell how a projection's rows are split into heads.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from bridge import Companions, Facts
@@ -18,9 +20,85 @@ from . import lerobot
 #: openpi's `action_horizon` is in no weight; this is its default (models/pi0_config.py)
 DEFAULT_HORIZON = 50
 
+#: field of config.json -> axis
+DIMENSIONS = {
+    "vlm_config.hidden_size": "paligemma.width",
+    "vlm_config.projection_dim": "paligemma.width",
+    "vlm_config.vocab_size": "paligemma.vocab",
+    # the first id behind the vocabulary: any id inside it is a word
+    "vlm_config.image_token_id": "paligemma.vocab",
+    "vlm_config.vision_config.hidden_size": "siglip.width",
+    "vlm_config.vision_config.num_hidden_layers": "siglip.layer",
+    "vlm_config.vision_config.intermediate_size": "siglip.hidden",
+    "vlm_config.vision_config.num_attention_heads": "siglip.head",
+    "vlm_config.vision_config.patch_size": "siglip.rows",
+    "vlm_config.vision_config.num_channels": "siglip.channel",
+    "max_state_dim": "projections.action",
+    "max_action_dim": "projections.action",
+    **{
+        f"{config}.{field}": axis
+        for config, part in (("vlm_config.text_config", "paligemma"), ("dit_config", "expert"))
+        for field, axis in (
+            ("hidden_size", f"{part}.width"),
+            ("intermediate_size", f"{part}.hidden"),
+            # one size for both experts: openpi runs them through one attention
+            ("num_hidden_layers", "paligemma.layer"),
+            ("num_attention_heads", "paligemma.head"),
+            ("num_key_value_heads", "paligemma.group"),
+            ("head_dim", "paligemma.dim"),
+            ("vocab_size", "paligemma.vocab"),
+        )
+    },
+}
+
+#: fields that are the same for every pi0
+FIXED: dict[str, Any] = {
+    "architectures": ["PI0ForConditionalGeneration"],
+    "vlm_config": {
+        "model_type": "paligemma",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": False,
+        },
+    },
+    "num_inference_steps": 10,
+    "min_period": 4e-3,
+    "max_period": 4.0,
+}
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma",
+    "hidden_act": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "max_position_embeddings": 8192,
+    "attention_bias": False,
+    "use_bidirectional_attention": True,
+}
+
+#: what no other axis tells, where q, k and v are one leaf: there are then as many kv heads as heads
+_FUSED = {"paligemma.group": "paligemma.head"}
+
+
+def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that a ``config.json`` tells, where it is one that transformers reads."""
+    if config.get("type") in lerobot.MODES and config.get("paligemma_variant") == "gemma_2b":
+        return dict(lerobot.STOCK)
+    found: dict[str, int] = {}
+    for field, axis in DIMENSIONS.items():
+        value: Any = config
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if type(value) is int and value > 0 and not field.endswith("image_token_id"):
+            found.setdefault(axis, value)
+    return found
+
 
 def companions(facts: Facts) -> Companions:
-    """Everything beside ``model.safetensors`` that the layout's loader reads."""
+    """Everything beside the tensors that the layout's loader reads."""
+    if facts.holds == "lora" and facts.layout.name != "lerobot":
+        return Companions({})  # PEFT reads its own config alone
     horizon = facts.settings.get("action_horizon")
     notes: tuple[str, ...] = ()
     if horizon is None:
@@ -31,67 +109,29 @@ def companions(facts: Facts) -> Companions:
     if facts.layout.name == "lerobot":
         made = lerobot.companions(facts, horizon)
         return Companions(made.files, (*notes, *made.notes))
+    unknown = sorted({axis for axis in DIMENSIONS.values() if _size(facts, axis) is None})
+    if unknown:
+        return Companions({}, (f"no config.json: the base does not tell {', '.join(unknown)}",))
     text = json.dumps(_transformers(facts, horizon), indent=2) + "\n"
     return Companions({"config.json": text.encode()}, notes)
 
 
+def _size(facts: Facts, axis: str) -> int | None:
+    return facts.sizes.get(axis, facts.sizes.get(_FUSED.get(axis, "")))
+
+
 def _transformers(facts: Facts, horizon: int) -> dict[str, Any]:
-    sizes = facts.sizes
-    vocab, action = sizes["paligemma.vocab"], sizes["projections.action"]
-    return {
-        "architectures": ["PI0ForConditionalGeneration"],
-        # transformers knows no pi05: it refuses the name, which is better than running it as pi0
-        "model_type": facts.model.name,
-        "dtype": facts.dtype,
-        "vlm_config": {
-            "model_type": "paligemma",
-            "hidden_size": sizes["paligemma.width"],
-            "projection_dim": sizes["paligemma.width"],
-            "vocab_size": vocab,
-            # the first id behind the vocabulary: any id inside it is a word
-            "image_token_id": vocab,
-            "text_config": _gemma(facts, "paligemma"),
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": sizes["siglip.width"],
-                "num_hidden_layers": sizes["siglip.layer"],
-                "intermediate_size": sizes["siglip.hidden"],
-                "num_attention_heads": sizes["siglip.head"],
-                "patch_size": sizes["siglip.rows"],
-                "image_size": math.isqrt(sizes["siglip.token"]) * sizes["siglip.rows"],
-                "num_channels": sizes["siglip.channel"],
-                "hidden_act": "gelu_pytorch_tanh",
-                "layer_norm_eps": 1e-6,
-                "vision_use_head": False,
-            },
-        },
-        "dit_config": _gemma(facts, "expert"),
-        "chunk_size": horizon,
-        "max_state_dim": action,
-        "max_action_dim": action,
-        "num_inference_steps": 10,
-        "min_period": 4e-3,
-        "max_period": 4.0,
-    }
-
-
-def _gemma(facts: Facts, part: str) -> dict[str, Any]:
-    sizes = facts.sizes
-    heads = sizes["paligemma.head"]
-    return {
-        "model_type": "gemma",
-        "hidden_size": sizes[f"{part}.width"],
-        "num_hidden_layers": sizes["paligemma.layer"],
-        "intermediate_size": sizes[f"{part}.hidden"],
-        "num_attention_heads": heads,
-        # no axis of its own where q, k and v are one leaf: there are then as many
-        "num_key_value_heads": sizes.get("paligemma.group", heads),
-        "head_dim": sizes["paligemma.dim"],
-        "vocab_size": sizes["paligemma.vocab"],
-        "hidden_act": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "max_position_embeddings": 8192,
-        "attention_bias": False,
-        "use_bidirectional_attention": True,
-    }
+    # transformers knows no pi05: it refuses the name, which is better than running it as pi0
+    config: dict[str, Any] = {"model_type": facts.model.name, "dtype": facts.dtype, "chunk_size": horizon}
+    config |= json.loads(json.dumps(FIXED))
+    config["vlm_config"]["text_config"] = dict(GEMMA)
+    config["dit_config"] = dict(GEMMA)
+    for field, axis in DIMENSIONS.items():
+        *parents, last = field.split(".")
+        node = config
+        for key in parents:
+            node = node[key]
+        node[last] = _size(facts, axis)
+    side = math.isqrt(facts.sizes["siglip.token"]) * facts.sizes["siglip.rows"]
+    config["vlm_config"]["vision_config"]["image_size"] = side
+    return config

@@ -105,12 +105,16 @@ def companions(facts: Facts, horizon: int) -> Companions:
         )
 
     odd = [f"{axis} {facts.sizes.get(axis)}" for axis, size in STOCK.items() if facts.sizes.get(axis) != size]
-    if odd:
+    adapter = {"use_peft": True} if facts.holds == "lora" else {}
+    if not odd:
+        files["config.json"] = _json(_config(facts, horizon, stats) | adapter)
+    elif adapter:
+        # LeRobot builds the model from the base's config; here it looks for these two
+        files["config.json"] = _json({"type": facts.model.name, **adapter})
+    if odd and not adapter:
         notes.append(
             f"no config.json: LeRobot knows only gemma_2b with gemma_300m, and this has {', '.join(odd)}"
         )
-    else:
-        files["config.json"] = _json(_config(facts, horizon, stats))
     return Companions(files, tuple(notes))
 
 

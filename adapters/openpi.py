@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bridge import Adapter, Layout, Model, Multiple, Part, Rule, Unused
 
-from .configs import companions
+from .configs import companions, known_sizes
 from .gemma import expert
 from .siglip import tower
 
@@ -111,6 +111,8 @@ def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
                 "the action expert predicts no tokens; strict loaders want the name",
             ),
         ),
+        # every Gemma of openpi and its one SigLIP have these (models/gemma.py, models/siglip.py)
+        stock={"paligemma.dim": 256, "siglip.head": 16},
         # transformers has no pi0.5
         layouts=(_OPENPI, _LEROBOT) if adaptive else (_OPENPI, _LEROBOT, _TRANSFORMERS),
     )  # fmt: skip
@@ -124,4 +126,5 @@ ADAPTER = Adapter(
         for fused_qkv in (False, True)
     ),
     companions=companions,
+    known_sizes=known_sizes,
 )

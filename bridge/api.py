@@ -97,19 +97,34 @@ def load_jax(path: str | Path) -> dict[str, Any]:
 def load_torch(path: str | Path, **options: Any) -> dict[str, torch.Tensor]:
     """The state_dict of a policy, from any format that a route leads from to ``torch-merged``.
 
-    A safetensors checkpoint is read as it is; a JAX one is converted in memory, with the options
-    of :func:`bridge.plan` (``dtype``, ``lora_alpha``, ``layout``).
+    A safetensors checkpoint is read as it is; others are converted in memory, with the options
+    of :func:`bridge.plan` (``dtype``, ``lora_alpha``, ``layout``, ``base``). Tied weights are
+    under both names.
+
+    Raises:
+        Refusal: as for a conversion; or options are given for a safetensors checkpoint.
     """
     source = open_source(Location.parse(path))
     if source.format == "torch":
-        arrays = {name: source.read(name) for name in source.specs}
-        return {name: _tensor(array) for name, array in arrays.items()}
+        if options:
+            raise RouteRefused(
+                Problem(
+                    f"{source.location} holds PyTorch weights, which are read as they are",
+                    f"leave out {', '.join(options)}",
+                )
+            )
+        state = {name: _tensor(source.read(name)) for name in source.specs}
+        return state | {alias: state[name] for alias, name in source.metadata.items() if _named(name, state)}
     planned = plan(path, None, to="torch-merged", **options)
     memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
-    run_steps(planned, memory, lambda count: None)
+    run_steps(planned, planned.output, memory, lambda count: None)
     state = {name: _tensor(array) for name, array in memory.arrays.items()}
-    state |= {alias: state[name] for alias, name in planned.header.items() if name in state}
+    state |= {alias: state[name] for alias, name in planned.output.header.items() if name in state}
     return state
+
+
+def _named(name: object, state: Mapping[str, object]) -> bool:
+    return isinstance(name, str) and name in state
 
 
 class _Memory:

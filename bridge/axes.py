@@ -84,7 +84,7 @@ class Equation:
         of the one weight (a block is whole rows, as in an embedding).
         """
         first = self.left[0]
-        return first in self.placeholders or self.right[0] == (first,)
+        return first in self.placeholders or (not self.placeholders and self.right[0] == (first,))
 
     def leaf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the leaf, from the size of each axis."""

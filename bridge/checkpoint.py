@@ -6,8 +6,9 @@ Everything is found from names and shapes. What is wrong is collected, not raise
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge import converters
@@ -18,11 +19,22 @@ from bridge.graph import State
 from bridge.model import Adapter, Layout, Model, Part
 from bridge.names import grouped
 from bridge.plugins import adapters, formats
+from bridge.publish import RECORD
 from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
 from bridge.rule import Rule
 from bridge.sizes import Seen, solve
 from bridge.specs import WEIGHT_DTYPES
 from bridge.tree import Tree, read_tree
+
+
+@dataclass(frozen=True)
+class Module:
+    """The factors of one module of an adapter: tensor names, rank, and PEFT's runtime scale."""
+
+    a: str
+    b: str
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,14 @@ class Checkpoint:
     value_suffix: bool
     sizes: Mapping[str, int]
     problems: tuple[Problem, ...]
+    modules: Mapping[str, Module] = field(default_factory=dict)
+    """For an adapter: PyTorch name of a weight, in openpi's layout -> the factors it gets."""
 
     @property
     def state(self) -> State:
         """The node of the graph that this is."""
+        if self.source.format == converters.PEFT.format:
+            return converters.PEFT
         if self.layout is not None:
             return converters.TORCH_MERGED
         return converters.ORBAX_LORA if any(self.lora_rules()) else converters.ORBAX_BASE
@@ -101,6 +117,10 @@ def understand(source: Source) -> Checkpoint:
     Raises:
         CheckpointRefused: no adapter's model fits even half of its names.
     """
+    if source.format == converters.PEFT.format:
+        from bridge.adapter_set import understand_adapter
+
+        return understand_adapter(source)
     return _from_weights(source) if source.format == "torch" else _from_leaves(source)
 
 
@@ -108,7 +128,7 @@ def _from_leaves(source: Source) -> Checkpoint:
     tree, problems = read_tree(source.specs)
     fit = fit_leaves(tree.stored)
     if fit is None:
-        raise _unknown(source, tree.stored)
+        raise unknown(source, tree.stored)
     problems += _fit_problems(source, fit, "leaf")
     problems += _dtype_problems(source)
     problems += _factor_problems(source, fit.model, tree)
@@ -139,7 +159,7 @@ def _from_leaves(source: Source) -> Checkpoint:
 def _from_weights(source: Source) -> Checkpoint:
     fit = fit_weights(source.specs)
     if fit is None or fit.layout is None:
-        raise _unknown(source, source.specs)
+        raise unknown(source, source.specs)
     problems = _fit_problems(source, fit, "tensor") + _dtype_problems(source)
     places = place_weights(fit.model, fit.layout, source.specs)
     stored: dict[str, str] = {}
@@ -162,11 +182,35 @@ def _from_weights(source: Source) -> Checkpoint:
             counts.setdefault((place.part.name, axis), set()).add(place.at[axis])
     for (part, axis), numbers in counts.items():
         seen.append(Seen((fit.model.qualified(part, axis),), max(numbers) + 1, f"{part}: the highest {axis}"))
-    sizes, disagreements = solve(_with_choices(fit.model, seen), fit.model)
+    sizes, disagreements = _solve_weights(source, fit, _with_choices(fit.model, seen))
     problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
     if not problems:
         problems += _absent_weights(source, fit, stored, sizes)
     return Checkpoint(source, fit.adapter, fit.model, fit.layout, stored, False, sizes, tuple(problems))
+
+
+def _solve_weights(source: Source, fit: Fit, seen: list[Seen]) -> tuple[dict[str, int], list[Problem]]:
+    """Sizes from tensors, and what they leave open (heads) from a config or the stock models."""
+    model, config = fit.model, source.metadata.get("config.json")
+    alone, problems = solve(seen, model)
+    told = fit.adapter.known_sizes(config) if fit.adapter.known_sizes and isinstance(config, dict) else {}
+    for known in (_recorded_sizes(source), told, model.stock):
+        open_axes = {model.canonical.get(axis, axis): size for axis, size in known.items()}
+        more = {axis: size for axis, size in open_axes.items() if axis not in alone}
+        sizes, trouble = solve(seen, model, more)
+        if not trouble and not problems:
+            alone = sizes
+    return alone, problems
+
+
+def _recorded_sizes(source: Source) -> dict[str, int]:
+    """The sizes that bridge itself wrote beside the weights, if it did."""
+    text = (source.root / RECORD).read_bytes()
+    try:
+        sizes = json.loads(text or b"{}").get("sizes", {})
+        return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _absent_weights(
@@ -290,7 +334,8 @@ def _factor_problems(source: Source, model: Model, tree: Tree) -> list[Problem]:
     return problems
 
 
-def _unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
+def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
+    """What to raise when no adapter's model has a source's names."""
     known = ", ".join(model.name for adapter in adapters() for model in adapter.models)
     listed = grouped(names)
     return CheckpointRefused(

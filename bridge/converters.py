@@ -8,25 +8,18 @@ ORBAX_BASE = State("orbax", "base", format="orbax")
 ORBAX_LORA = State("orbax", "base+lora", format="orbax")
 TORCH_MERGED = State("torch-merged", "base", format="torch")
 TORCH_BASE = State("torch-base", "base", format="torch")
+PEFT = State("peft-adapter", "lora", format="peft")
+
+_BASE = frozenset({"base"})
 
 CONVERTERS = (
     Converter("export", ORBAX_BASE, TORCH_MERGED, Loss.EXACT, "rename, transpose, reshape"),
+    Converter("fold", ORBAX_LORA, TORCH_MERGED, Loss.DROP, "sum LoRA factors into the weights", fold=True),
+    Converter("split", ORBAX_LORA, PEFT, Loss.GAUGE, "LoRA factors as PEFT tensors, unmerged"),
     Converter(
-        "fold",
-        ORBAX_LORA,
-        TORCH_MERGED,
-        Loss.DROP,
-        "sum LoRA factors into the weights, then export",
-        fold=True,
+        "strip", ORBAX_LORA, TORCH_BASE, Loss.DROP, "leave LoRA out: the base of an adapter", last=True
     ),
-    Converter(
-        "strip",
-        ORBAX_LORA,
-        TORCH_BASE,
-        Loss.DROP,
-        "leave LoRA out: the base an adapter applies to",
-        last=True,
-    ),
+    Converter("merge", PEFT, TORCH_MERGED, Loss.DROP, "sum an adapter into its base", fold=True, needs=_BASE),
 )
 
 STATES = tuple(dict.fromkeys(state for edge in CONVERTERS for state in (edge.source, edge.target)))

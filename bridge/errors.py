@@ -52,6 +52,10 @@ class ValueRefused(Refusal):
     """A weight is not finite, or does not fit the dtype it should be written in."""
 
 
+class ProofFailed(Refusal):
+    """An output was written and does not mean what it should; it was not published."""
+
+
 class PluginRefused(Refusal):
     """A registered adapter or format cannot be loaded."""
 

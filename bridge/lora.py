@@ -14,11 +14,14 @@ other axes are shared by both factors, and the equation's right side decides wha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from bridge.axes import UNIT, Equation
+
+_RANK = "(rank)"  # no axis of a leaf can have this name
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,97 @@ def delta(axes: FactorAxes, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarra
         lora_b = lora_b.sum(axis=axes.summed, keepdims=True)
     product: np.ndarray = np.matmul(lora_a, lora_b)
     return product
+
+
+def split(equation: Equation, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two matrices of one weight whose product is the weight's change, before any scale.
+
+    An axis kept by both factors (the heads of q) gives each entry a block of the rank::
+
+        lora_A = [ a_0 ]      lora_B = [ b_0  0  ]
+                 [ a_1 ]               [  0  b_1 ]
+
+    Args:
+        equation: of one weight (:attr:`Equation.one`).
+        lora_a: (…shared, inner, rank).
+        lora_b: (…shared, rank, outer), same dtype.
+
+    Returns:
+        ``lora_A`` (kept·rank, in) and ``lora_B`` (out, kept·rank), as PEFT names them.
+    """
+    axes = factor_axes(equation)
+    output, inputs = equation.right
+    kept = tuple(axis for axis in axes.shared if axis in output)
+    rank = lora_a.shape[-1]
+    axes_a = (*axes.shared, axes.inner, _RANK)
+    order = [axes_a.index(axis) for axis in (*kept, _RANK, *inputs)]
+    blocks = lora_a.transpose(order)
+    count = math.prod(blocks.shape[: len(kept)])
+
+    summed = lora_b.sum(axis=axes.summed) if axes.summed else lora_b
+    size = dict(zip((*kept, _RANK, axes.outer), summed.shape, strict=True))
+    full = np.zeros([size[axis] for axis in (*output, *kept)] + [rank], lora_b.dtype)
+    for at in np.ndindex(*(size[axis] for axis in kept)):
+        entry = dict(zip(kept, at, strict=True))
+        rows = tuple(entry.get(axis, slice(None)) for axis in output)
+        full[(*rows, *at)] = summed[at].T
+    return (
+        np.ascontiguousarray(blocks).reshape(count * rank, -1),
+        full.reshape(-1, count * rank),
+    )
+
+
+def join(
+    equation: Equation, lora_A: np.ndarray, lora_B: np.ndarray, sizes: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors in the leaf's axes with the same function as two matrices of any rank.
+
+    Every entry of a kept axis gets all of ``lora_A`` and its own rows of ``lora_B``; of a summed
+    axis, the first entry gets all of ``lora_B`` and the others zeros.
+
+    Args:
+        equation: of one weight.
+        lora_A: (rank, in).
+        lora_B: (out, rank).
+        sizes: of every axis of the leaf.
+
+    Returns:
+        (…shared, inner, rank) and (…shared, rank, outer); the first may be a read-only view.
+    """
+    axes = factor_axes(equation)
+    output, inputs = equation.right
+    rank = lora_A.shape[0]
+    kept = tuple(axis for axis in axes.shared if axis in output)
+
+    spread_a = lora_A.reshape(rank, *(sizes[axis] for axis in inputs))
+    named = (_RANK, *inputs)
+    own = tuple(axis for axis in axes.shared if axis not in kept)
+    spread_a = spread_a.transpose([named.index(axis) for axis in (*own, axes.inner, _RANK)])
+    spread_a = spread_a.reshape([1 if axis in kept else sizes[axis] for axis in axes.shared] + [-1, rank])
+    a = np.broadcast_to(spread_a, [*(sizes[axis] for axis in axes.shared), *spread_a.shape[-2:]])
+
+    spread_b = lora_B.reshape(*(sizes[axis] for axis in output), rank)
+    named = (*output, _RANK)
+    spread_b = spread_b.transpose([named.index(axis) for axis in (*kept, _RANK, axes.outer)])
+    b = np.zeros([*(sizes[axis] for axis in axes.shared), rank, sizes[axes.outer]], lora_B.dtype)
+    b[tuple(slice(None) if axis in kept else 0 for axis in axes.shared)] = spread_b
+    return a, b
+
+
+def compress(lora_A: np.ndarray, lora_B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best approximation of ``lora_B @ lora_A`` of a smaller rank, and its relative error.
+
+    Never forms the product: both factors are reduced to triangles, whose small product has the
+    same singular values. The error is the Frobenius norm of what is left out over that of all.
+    """
+    q_b, r_b = np.linalg.qr(lora_B.astype(np.float64))
+    q_a, r_a = np.linalg.qr(lora_A.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_b @ r_a.T)
+    total = float(np.linalg.norm(s))
+    error = float(np.linalg.norm(s[rank:])) / total if total else 0.0
+    root = np.sqrt(s[:rank])
+    small_a, small_b = (root[:, None] * vt[:rank]) @ q_a.T, q_b @ (u[:, :rank] * root)
+    return small_a.astype(lora_A.dtype), small_b.astype(lora_B.dtype), error
 
 
 def scaling(rank: int, alpha: float, *, rslora: bool) -> float:

@@ -75,6 +75,8 @@ class Model:
     tied: Mapping[str, str] = field(default_factory=dict)
     """Alias -> the weight it is the same tensor as."""
     unused: tuple[Unused, ...] = ()
+    stock: Mapping[str, int] = field(default_factory=dict)
+    """Sizes to assume where shapes and configs do not tell: how rows are split into heads."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Leaves that no rule reads -> the reason."""
     layouts: tuple[Layout, ...] = (Layout("openpi"),)
@@ -134,6 +136,8 @@ class Facts:
     model: Model
     sizes: Sizes
     layout: Layout
+    holds: str
+    """``"base"`` for weights, ``"lora"`` for an adapter."""
     dtype: str
     """dtype of most weights."""
     settings: Mapping[str, Any]
@@ -158,3 +162,5 @@ class Adapter:
     models: tuple[Model, ...]
     companions: Callable[[Facts], Companions] | None = None
     """Makes ``config.json`` and the like. Pure: bridge writes the files."""
+    known_sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
+    """Reads sizes, by qualified axis, from a ``config.json`` found beside PyTorch weights."""

@@ -6,25 +6,23 @@ fault it finds. Printing it is the dry run; running it streams (:mod:`bridge.run
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bridge import converters
-from bridge.assets import read_assets
-from bridge.checkpoint import Checkpoint, open_source, understand, weight_names
-from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, refuse_if
-from bridge.formats import Source
+from bridge.assets import Assets, read_assets
+from bridge.checkpoint import Checkpoint, open_source, understand
+from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats.location import Location
-from bridge.graph import Loss, Route, route
-from bridge.model import Facts, Layout, Part
+from bridge.graph import Loss, Route, State, route
+from bridge.model import Facts, Layout
+from bridge.outputs import Inputs, Output, shape_problems, tensor_output
 from bridge.publish import check_destination, check_space
-from bridge.rule import Rule
 from bridge.scales import Scale, scales
 from bridge.specs import BFLOAT16, FLOAT32, WEIGHT_DTYPES, Spec
-from bridge.step import Leaf, Step
+from bridge.step import Step
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -38,45 +36,77 @@ RESIDENT = 90 << 20
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the user chose, as given to :func:`plan`."""
+
+    dtype: str | None = None
+    layout: str = "openpi"
+    action_horizon: int | None = None
+    keep_alpha: bool = False
+    rank: int | None = None
+    with_base: bool = False
+    base_name: str | None = None
+    modules_to_save: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a conversion will do. Made by :func:`plan`."""
 
-    checkpoint: Checkpoint
+    inputs: Inputs
     destination: Path | None
     """The directory to make; None for a plan that is only carried out in memory."""
     route: Route
     loss: Loss
-    layout: Layout
-    dtype: str
     scales: Mapping[str, Scale]
-    steps: tuple[Step, ...]
-    specs: Mapping[str, Spec]
-    """Every tensor of the output."""
-    zeros: Mapping[str, str]
-    """Tensors that are zeros -> the reason."""
-    header: Mapping[str, str]
-    files: Mapping[str, bytes]
-    """Files written beside the tensors."""
+    outputs: tuple[Output, ...]
+    """The directories it makes, the destination itself first."""
     notes: tuple[str, ...]
+    options: Options = Options()
     overwrite: bool = False
     workers: int = 2
-    format: str = "torch"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.inputs.source
+
+    @property
+    def output(self) -> Output:
+        """The destination itself."""
+        return self.outputs[0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for output in self.outputs for step in output.steps)
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every tensor of the destination itself."""
+        return self.output.specs
+
+    @property
+    def layout(self) -> Layout:
+        return self.output.layout
+
+    @property
+    def dtype(self) -> str:
+        return self.output.dtype
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the source, as stored."""
+        """Bytes read from the sources, as stored."""
         return sum(step.bytes_read for step in self.steps)
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes of the source's arrays once decoded."""
-        source = self.checkpoint.source
-        return sum(source.specs[name].nbytes for step in self.steps for name in step.leaf.names)
+        """Bytes of the arrays read, once decoded."""
+        return sum(self.inputs.spec(read).nbytes for step in self.steps for read in step.reads)
 
     @property
     def bytes_written(self) -> int:
         """Bytes written; tensors of zeros are a hole and take none."""
-        return sum(step.bytes_written for step in self.steps) + sum(len(data) for data in self.files.values())
+        return sum(output.bytes_written for output in self.outputs)
 
     @property
     def memory_budget(self) -> int:
@@ -118,33 +148,50 @@ def plan(
     *,
     to: str,
     from_: str | None = None,
+    base: str | Path | None = None,
     dtype: str | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
     rslora: bool = False,
     layout: str = "openpi",
     action_horizon: int | None = None,
+    keep_alpha: bool = False,
+    rank: int | None = None,
+    with_base: bool = False,
+    base_name: str | None = None,
+    modules_to_save: bool = False,
     overwrite: bool = False,
     workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Plan a conversion. Nothing is written, and no tensor data is read.
+    """Plan a conversion. Nothing is written, and no tensor data is read but where said.
 
     Args:
-        src: a step directory, its ``params``, a directory of steps, or a bucket's URL of these.
+        src: a step directory, its ``params``, a directory of steps, a bucket's URL of these, or a
+            directory of PyTorch weights or of an adapter.
         dst: the directory to make; None plans without one.
         to: the format asked for, such as ``"torch-merged"``.
         from_: the source's format, where it does not tell itself.
+        base: the checkpoint an adapter applies to. With ``to="peft-adapter"`` the weights beside
+            the factors are compared with it, which reads both.
         dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; by default bfloat16, or float32
-            when LoRA is folded, or the source's own for ``torch-base``.
+            when LoRA is folded, or the source's own for ``torch-base`` and adapters.
         lora_alpha: alpha of the LoRA training config, for all experts or by name.
         rslora: the run used rank-stabilised LoRA (alpha / sqrt(rank)).
         layout: names of the weights: ``openpi``, ``lerobot`` or ``transformers``.
         action_horizon: length of an action chunk, for ``config.json``; no weight tells it.
+        keep_alpha: write an adapter's factors as they are and the scale as alpha.
+        rank: compress an adapter's modules to this rank, by SVD (reads the factors).
+        with_base: write the base an adapter applies to into ``dst/base``.
+        base_name: an adapter's ``base_model_name_or_path``.
+        modules_to_save: put the weights that differ from ``base`` into the adapter.
         overwrite: replace an output that bridge has written.
         workers: steps at once.
+        progress: called while ``base`` is compared.
 
     Raises:
         Refusal: with every problem found.
     """
+    options = Options(dtype, layout, action_horizon, keep_alpha, rank, with_base, base_name, modules_to_save)
     destination = None if dst is None else Path(dst).expanduser().absolute()
     source = open_source(Location.parse(src), from_)
     checkpoint = understand(source)
@@ -152,176 +199,157 @@ def plan(
     if destination is not None:
         problems += check_destination(destination, source.root.local, overwrite=overwrite)
 
-    way = route(converters.CONVERTERS, checkpoint.state, to)
+    try:
+        way = route(converters.CONVERTERS, checkpoint.state, to, {"base"} if base is not None else ())
+    except RouteRefused as refused:
+        # a checkpoint that lost its factors has no route: what it lost must be said as well
+        kind = CheckpointRefused if checkpoint.problems else RouteRefused
+        raise kind(*problems, *refused.problems) from None
     target = way[-1].target
+    reference = None if base is None else _base(base, checkpoint, target)
+    inputs = Inputs(checkpoint, reference if checkpoint.state is converters.PEFT else None)
+    if reference is not None:
+        problems += reference.problems
+        if destination is not None:
+            problems += check_destination(destination, reference.source.root.local, overwrite=True)
+    problems += _option_problems(options, target, base)
+    if inputs.base is not None and not problems:
+        problems += shape_problems(inputs)
+
     fold = any(edge.fold for edge in way)
-    given = (
-        {}
-        if lora_alpha is None
-        else {"": lora_alpha}
-        if isinstance(lora_alpha, (int, float))
-        else dict(lora_alpha)
-    )
+    given = _alphas(lora_alpha)
     alphas: dict[str, Scale] = {}
-    if fold or given or rslora:
+    needs_scale = checkpoint.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE
+    if needs_scale or given or rslora:
         alphas, scale_problems = scales(checkpoint, given, rslora)
         problems += scale_problems
-    chosen = checkpoint.model.layout(layout)
+    chosen = inputs.model.layout(layout)
     if chosen is None:
-        have = ", ".join(known.name for known in checkpoint.model.layouts)
-        problems.append(Problem(f"{checkpoint.model.name} has no layout {layout}", f"use one of {have}"))
-    if dtype is not None and dtype not in DTYPES:
-        problems.append(Problem(f"{dtype} is no dtype for weights", f"use one of {', '.join(DTYPES)}"))
+        have = ", ".join(known.name for known in inputs.model.layouts)
+        problems.append(Problem(f"{inputs.model.name} has no layout {layout}", f"use one of {have}"))
     if problems or chosen is None:
-        raise (CheckpointRefused if checkpoint.problems else Refusal)(*problems)
+        raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
-    dtype = dtype or ("keep" if target is converters.TORCH_BASE else "float32" if fold else "bfloat16")
-    steps = tuple(
-        _step(checkpoint, part, rule, chosen, dtype, alphas.get(part.name), fold=fold)
-        for part in checkpoint.model.parts
-        for rule in part.rules
-    )
-    specs, header = _targets(checkpoint, chosen, steps)
-    zeros = _zeros(checkpoint, chosen, specs)
-    most = Counter(spec.dtype.name for spec in specs.values()).most_common(1)[0][0]
+    keeps = target in (converters.TORCH_BASE, converters.PEFT)
+    dtype = dtype or ("keep" if keeps else "float32" if fold else "bfloat16")
+    notes = list(source.notes)
     assets = read_assets(source.root)
-    files, notes = dict(assets.files), [*source.notes, *assets.notes]
-    if checkpoint.adapter.companions is not None:
-        made = checkpoint.adapter.companions(
-            Facts(
-                checkpoint.model,
-                checkpoint.sizes,
-                chosen,
-                most,
-                {"action_horizon": action_horizon},
-                assets.files,
+    if inputs.base is not None and not assets.files:
+        assets = read_assets(inputs.base.source.root)
+    if target is converters.PEFT:
+        from bridge.adapter_plan import adapter_outputs
+
+        outputs, found = adapter_outputs(
+            inputs, reference, target, chosen, dtype, alphas, options, destination, progress
+        )
+        notes += found
+    else:
+        outputs = (tensor_output(inputs, target, chosen, dtype, alphas, fold=fold),)
+    outputs, found = _with_files(inputs, outputs, assets, options)
+    notes += found
+
+    loss = max(edge.loss for edge in way)
+    if any(_narrows(output) for output in outputs) or rank is not None:
+        loss = max(loss, Loss.ROUND)
+    made = Plan(
+        inputs, destination, way, loss, alphas, outputs, tuple(notes), options, overwrite, max(1, workers)
+    )
+    if destination is not None:
+        refuse_if(check_space(destination, made.bytes_written), OutputRefused)
+    return made
+
+
+def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint:
+    """The base an adapter applies to, or the reference that weights are compared with."""
+    reference = understand(open_source(Location.parse(base)))
+    where = reference.source.location
+    if reference.state is converters.PEFT:
+        raise CheckpointRefused(
+            Problem(f"{where} is an adapter, not a base", "give the weights it applies to")
+        )
+    if reference.state is converters.ORBAX_LORA and target is not converters.PEFT:
+        raise CheckpointRefused(
+            Problem(
+                f"{where} has LoRA factors of its own", "make its base first: bridge convert --to torch-base"
             )
         )
-        files.update(made.files)
-        notes += made.notes
-    loss = max(edge.loss for edge in way)
-    if _narrows(checkpoint, steps):
-        loss = max(loss, Loss.ROUND)
-    if destination is not None:
-        refuse_if(check_space(destination, sum(step.bytes_written for step in steps)), OutputRefused)
-    return Plan(
-        checkpoint=checkpoint,
-        destination=destination,
-        route=way,
-        loss=loss,
-        layout=chosen,
-        dtype=dtype,
-        scales=alphas,
-        steps=steps,
-        specs={name: specs[name] for name in sorted(specs)},
-        zeros=zeros,
-        header=header,
-        files=files,
-        notes=tuple(notes),
-        overwrite=overwrite,
-        workers=max(1, workers),
-        format=target.format,
-    )
+    if checkpoint.state is not converters.PEFT and reference.model.name != checkpoint.model.name:
+        raise CheckpointRefused(
+            Problem(
+                f"{checkpoint.source.location} is {checkpoint.model.name}, and {where} is {reference.model.name}",
+                "give a base of the same model",
+            )
+        )
+    return reference
 
 
-def _step(
-    checkpoint: Checkpoint,
-    part: Part,
-    rule: Rule,
-    layout: Layout,
-    dtype: str,
-    scale: Scale | None,
-    *,
-    fold: bool,
-) -> Step:
-    source, stored = checkpoint.source, checkpoint.stored
-    sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
-    leaf = Leaf(stored[rule.leaf])
-    if fold and checkpoint.has_lora(rule):
-        assert rule.factor_leaves is not None and rule.lora is not None
-        leaf = Leaf(leaf.w, *(stored[name] for name in rule.factor_leaves))
-    scaled = leaf.a is not None and rule.lora is not None and rule.lora.scaled
-    source_spec = source.specs[leaf.w]
-    spec = Spec(rule.equation.weight_shape(sizes), _dtype(rule, source_spec, dtype))
-    weights = tuple(
-        (index, _written_names(checkpoint, layout, name)) for index, name in weight_names(rule, sizes)
-    )
-    return Step(
-        rule=rule,
-        part=part.name,
-        leaf=leaf,
-        scale=scale.value if scaled and scale is not None else 1.0,
-        weights=weights,
-        source_spec=source_spec,
-        spec=spec,
-        bytes_read=sum(source.stored_bytes(name) for name in leaf.names),
-        bytes_written=sum(len(names) for _, names in weights) * spec.nbytes,
-        memory=_memory(source, rule, leaf, spec),
-    )
+def _alphas(given: float | Mapping[str, float] | None) -> dict[str, float]:
+    if given is None:
+        return {}
+    return {"": float(given)} if isinstance(given, (int, float)) else dict(given)
 
 
-def _dtype(rule: Rule, source: Spec, dtype: str) -> Any:
-    wanted = source.dtype if dtype == "keep" else WEIGHT_DTYPES[dtype]
-    held = WEIGHT_DTYPES[rule.hold] if rule.hold is not None else wanted
-    return held if dtype != "keep" and held.itemsize > wanted.itemsize else wanted
+def _option_problems(options: Options, target: State, base: object) -> list[Problem]:
+    """Options that say nothing about the target asked for: they would be ignored in silence."""
+    problems = []
+    if options.dtype is not None and options.dtype not in DTYPES:
+        problems.append(
+            Problem(f"{options.dtype} is no dtype for weights", f"use one of {', '.join(DTYPES)}")
+        )
+    if target is not converters.PEFT:
+        for flag, value in (
+            ("--keep-alpha", options.keep_alpha),
+            ("--rank", options.rank is not None),
+            ("--with-base", options.with_base),
+            ("--base-name", options.base_name is not None),
+            ("--modules-to-save", options.modules_to_save),
+        ):
+            if value:
+                problems.append(
+                    Problem(f"{flag} is about adapters, and {target.name} is none", f"leave {flag} out")
+                )
+    elif options.modules_to_save and base is None:
+        problems.append(
+            Problem(
+                "--modules-to-save needs the base whose other weights the adapter should carry",
+                "add --base PATH",
+            )
+        )
+    if options.rank is not None and options.rank < 1:
+        problems.append(Problem(f"--rank is {options.rank}", "give a positive rank"))
+    return problems
 
 
-def _memory(source: Source, rule: Rule, leaf: Leaf, spec: Spec) -> int:
-    """Bytes that a step has in memory at its fullest."""
-    factors = sum(source.specs[name].nbytes for name in leaf.names[1:])
-    if not rule.equation.streams:
-        whole = source.specs[leaf.w].nbytes
-        return 2 * whole + 2 * spec.nbytes
-    block = source.buffered_bytes(leaf.w)
-    if not rule.equation.placeholders:
-        return 3 * block + factors
-    one = spec.size
-    folded = 2 * one * FLOAT32.itemsize if leaf.a is not None else 0
-    return block + factors + folded + 2 * spec.nbytes
+def _with_files(
+    inputs: Inputs, outputs: tuple[Output, ...], assets: Assets, options: Options
+) -> tuple[tuple[Output, ...], list[str]]:
+    """Add to every output what its loader wants beside the tensors, and the assets."""
+    notes = list(assets.notes)
+    made = []
+    for output in outputs:
+        files = dict(assets.files)
+        if inputs.weights.adapter.companions is not None:
+            companions = inputs.weights.adapter.companions(
+                Facts(
+                    inputs.model,
+                    inputs.weights.sizes,
+                    output.layout,
+                    output.state.holds,
+                    output.main_dtype,
+                    {"action_horizon": options.action_horizon},
+                    assets.files,
+                )
+            )
+            files.update(companions.files)
+            notes += [note for note in companions.notes if note not in notes]
+        made.append(output.with_files(files))
+    return tuple(made), notes
 
 
-def _written_names(checkpoint: Checkpoint, layout: Layout, name: str) -> tuple[str, ...]:
-    """The names a weight is written under: its own, and its aliases where the layout does not tie."""
-    aliases = () if layout.ties else tuple(a for a, of in checkpoint.model.tied.items() if of == name)
-    return tuple(dict.fromkeys(layout.rename(each) for each in (name, *aliases)))
-
-
-def _targets(
-    checkpoint: Checkpoint, layout: Layout, steps: tuple[Step, ...]
-) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Every tensor of the output, each once, and the header's metadata."""
-    specs: dict[str, Spec] = {}
-    for step in steps:
-        for _, names in step.weights:
-            for name in names:
-                if name in specs:
-                    raise ValueError(f"model {checkpoint.model.name}: two rules write {name}")
-                specs[name] = step.spec
-    # as safetensors' save_model records a tensor that is stored under another name
-    header = {"format": "pt"}
-    for alias, of in checkpoint.model.tied.items():
-        if layout.rename(alias) not in specs:
-            header[layout.rename(alias)] = layout.rename(of)
-    return specs, header
-
-
-def _zeros(checkpoint: Checkpoint, layout: Layout, specs: dict[str, Spec]) -> dict[str, str]:
-    """Add the weights that nothing uses, as zeros, in the dtype of what they stand beside."""
-    zeros = {}
-    for unused in checkpoint.model.unused:
-        name = layout.rename(unused.weight)
-        canonical = [checkpoint.model.canonical.get(axis, axis) for axis in unused.axes]
-        shape = tuple(checkpoint.sizes[axis] for axis in canonical)
-        narrow = min((spec.dtype for spec in specs.values()), key=lambda dtype: (dtype.itemsize, dtype.name))
-        specs[name] = Spec(shape, narrow)
-        zeros[name] = unused.reason
-    return zeros
-
-
-def _narrows(checkpoint: Checkpoint, steps: tuple[Step, ...]) -> bool:
-    """Whether some weight is written in a dtype that cannot hold all values of its leaf's."""
+def _narrows(output: Output) -> bool:
+    """Whether some weight is written in a dtype that cannot hold all values of its source's."""
     return any(
-        step.spec.dtype != step.source_spec.dtype
-        and not (step.spec.dtype == FLOAT32 and step.source_spec.dtype.itemsize == BFLOAT16.itemsize)
-        for step in steps
+        step.writer.dtype != step.leaf_spec.dtype
+        and not (step.writer.dtype == FLOAT32 and step.leaf_spec.dtype.itemsize == BFLOAT16.itemsize)
+        for step in output.steps
     )

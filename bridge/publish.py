@@ -50,6 +50,8 @@ def check_destination(destination: Path, source: Path | None, *, overwrite: bool
                     "remove it yourself, or name another output",
                 )
             )
+    if max(len(os.fsencode(part)) for part in destination.parts) > 255:
+        problems.append(Problem(f"{destination}: a name in it has more than 255 bytes", "name a shorter one"))
     existing = destination.parent
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -91,9 +93,10 @@ def publishing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         OutputRefused: the destination has come to exist meanwhile.
     """
-    made = _make_parents(destination.parent)
-    private = destination.parent / f".{destination.name}.bridge-{os.getpid()}-{secrets.token_hex(4)}"
+    made: list[Path] = []
+    private = destination.parent / f".{destination.name[:40]}.bridge-{os.getpid()}-{secrets.token_hex(4)}"
     try:
+        _make_parents(destination.parent, made)
         private.mkdir()
         yield private
         _sync_tree(private)
@@ -101,21 +104,21 @@ def publishing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         _sync(destination.parent)
     except BaseException:
         shutil.rmtree(private, ignore_errors=True)
-        for directory in made:
+        for directory in reversed(made):
             with contextlib.suppress(OSError):
                 directory.rmdir()
         raise
 
 
-def _make_parents(directory: Path) -> list[Path]:
-    """Create a directory and its parents; returns those that were made, innermost first."""
+def _make_parents(directory: Path, made: list[Path]) -> None:
+    """Create a directory and its parents; adds those that it made to ``made``, outermost first."""
     missing = []
     while not directory.exists():
         missing.append(directory)
         directory = directory.parent
     for path in reversed(missing):
         path.mkdir()
-    return missing
+        made.append(path)
 
 
 def _rename(private: Path, destination: Path, *, overwrite: bool) -> None:

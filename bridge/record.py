@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 if TYPE_CHECKING:
+    from bridge.outputs import Output
+    from bridge.pieces import Done
     from bridge.planner import Plan
-    from bridge.step import Done
 
 #: packages whose version can change an output's bytes
 PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
@@ -26,42 +27,44 @@ def combined(sums: Mapping[str, str]) -> str:
     return xxhash.xxh3_128(lines.encode()).hexdigest()
 
 
-def record_text(plan: Plan, done: Iterable[Done], sums: Mapping[str, str]) -> str:
-    """The record of a finished conversion, as JSON."""
-    checkpoint = plan.checkpoint
-    read = {name: checksum for each in done for name, checksum in each.read.items()}
-    leaves = {
-        name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[name]}
-        for name in sorted(read)
-    }
+def record_text(plan: Plan, output: Output, done: Iterable[Done], sums: Mapping[str, str]) -> str:
+    """The record of one output of a finished conversion, as JSON."""
+    read = {key: checksum for each in done for key, checksum in each.read.items()}
     record: dict[str, Any] = {
-        "model": checkpoint.model.name,
+        "model": plan.inputs.model.name,
         "route": [converter.name for converter in plan.route],
+        "state": str(output.state),
         "loss": plan.loss.name.lower(),
-        "layout": plan.layout.name,
-        "dtype": plan.dtype,
+        "layout": output.layout.name,
+        "dtype": output.dtype,
         "scales": {
             name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
             for name, s in plan.scales.items()
         },
-        "sizes": dict(sorted(checkpoint.sizes.items())),
-        "source": {
-            "format": checkpoint.source.format,
-            "state": str(checkpoint.state),
-            "value_suffix": checkpoint.value_suffix,
-            "fingerprint": combined(read),
-            "leaves": leaves,
+        "sizes": {axis: size for axis, size in sorted(plan.inputs.weights.sizes.items()) if axis != "1"},
+        "sources": {
+            key: {
+                "format": checkpoint.source.format,
+                "state": str(checkpoint.state),
+                "value_suffix": checkpoint.value_suffix,
+                "fingerprint": combined({name: sum for (which, name), sum in read.items() if which == key}),
+                "arrays": {
+                    name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[which, name]}
+                    for which, name in sorted(read)
+                    if which == key
+                },
+            }
+            for key, checkpoint in plan.inputs.checkpoints.items()
         },
         "checksum": combined(sums),
         "tensors": {
             name: {"dtype": spec.dtype.name, "checksum": sums.get(name, "zeros")}
-            for name, spec in plan.specs.items()
+            for name, spec in output.specs.items()
         },
-        "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(plan.files.items())},
+        "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(output.files.items())},
         "checksums": "xxh3-128 of the values in little-endian C order",
         "versions": _versions(),
     }
-    record["sizes"].pop("1", None)
     return json.dumps(record, indent=2) + "\n"
 
 

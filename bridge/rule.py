@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bridge.axes import Equation
@@ -57,6 +57,18 @@ class Rule:
             if self.lora.rank in self.equation.left:
                 raise ValueError(f"rule for {self.leaf}: {self.lora.rank!r} is an axis of the leaf itself")
             factor_axes(self.equation)
+
+    @cached_property
+    def flat(self) -> Rule:
+        """The same weights with each of their axes as one: what a state_dict alone can tell.
+
+        Reading a tensor by its flat rule needs no head or head_dim, which no tensor's shape has.
+        """
+        groups = tuple("_".join(group) for group in self.equation.right)
+        # LoRA factors the last two axes, input first
+        order = groups[::-1] if self.lora is not None else groups
+        left = (*self.equation.placeholders, *order)
+        return replace(self, axes=f"{' '.join(left)} -> {' '.join(groups)}")
 
     @cached_property
     def equation(self) -> Equation:

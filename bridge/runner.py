@@ -12,13 +12,16 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge import converters
 from bridge.errors import Problem, Refusal, ValueRefused, refuse_if
 from bridge.formats import Sink
+from bridge.outputs import Output
+from bridge.pieces import Done, Tick
 from bridge.planner import Plan
 from bridge.plugins import formats
 from bridge.publish import RECORD, publishing
 from bridge.record import combined, record_text
-from bridge.step import Done, Step, Tick, run_step
+from bridge.step import Step, run_step
 
 Progress = Callable[[int, int], None]
 """Called with the decoded source bytes dealt with so far, and their total."""
@@ -50,7 +53,8 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         plan: from :func:`bridge.plan`.
         progress: called as bytes are dealt with.
         executor: runs the steps; threads of this process by default. Steps can be pickled and
-            the output directory must be reachable from its workers.
+            the output directory must be reachable from its workers. TensorStore does not survive
+            a fork: a process pool needs ``mp_context=multiprocessing.get_context("spawn")``.
 
     Raises:
         Refusal: a value cannot be converted, the source cannot be read, or the destination has
@@ -60,39 +64,55 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         raise ValueError("this plan has no destination")
     began = time.perf_counter()
     counter = _Counter(plan.bytes_decoded, progress)
-    format = next(known for known in formats() if known.name == plan.format)
-    assert format.create is not None
     with publishing(plan.destination, overwrite=plan.overwrite) as directory:
-        sink = format.create(directory, plan.specs, plan.header)
-        done = run_steps(plan, sink, counter.add, executor)
-        sink.finish()
-        for name, data in plan.files.items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        sums = {name: checksum for each in done for name, checksum in each.written.items()}
-        (directory / RECORD).write_text(record_text(plan, done, sums))
+        checksums = {
+            output.where: _make(plan, output, directory, counter.add, executor) for output in plan.outputs
+        }
+        if plan.output.state is converters.PEFT:
+            from bridge.proof import prove_adapter
+
+            prove_adapter(directory, plan)
     return Result(
         destination=plan.destination,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        tensors=len(plan.specs),
+        tensors=sum(len(output.specs) for output in plan.outputs),
         seconds=time.perf_counter() - began,
         peak_memory=peak_memory(),
-        checksum=combined(sums),
+        checksum=checksums[""],
     )
 
 
-def run_steps(plan: Plan, sink: Sink, tick: Tick, executor: Executor | None = None) -> list[Done]:
-    """Run every step of a plan into a sink, as many at once as workers and memory budget allow.
+def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Executor | None) -> str:
+    """Write one output below the private directory; returns its checksum."""
+    format = next(known for known in formats() if known.name == output.state.format)
+    assert format.create is not None
+    place = directory / output.where
+    place.mkdir(exist_ok=True)
+    sink = format.create(place, output.specs, output.header)
+    done = run_steps(plan, output, sink, tick, executor)
+    sink.finish()
+    for name, data in output.files.items():
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    sums = {name: checksum for each in done for name, checksum in each.written.items()}
+    (place / RECORD).write_text(record_text(plan, output, done, sums))
+    return combined(sums)
+
+
+def run_steps(
+    plan: Plan, output: Output, sink: Sink, tick: Tick, executor: Executor | None = None
+) -> list[Done]:
+    """Run every step of an output into its sink, as many at once as workers and memory budget allow.
 
     Raises:
         ValueRefused: weights whose values cannot be converted, all of them.
         Refusal: the source cannot be read.
     """
-    source = plan.checkpoint.source
+    sources, steps = plan.inputs.sources, output.steps
     # the largest first: it would otherwise run alone at the end
-    order = deque(sorted(range(len(plan.steps)), key=lambda i: (-plan.steps[i].memory, i)))
+    order = deque(sorted(range(len(steps)), key=lambda i: (-steps[i].memory, i)))
     done: dict[int, Done] = {}
     running: dict[Future[Done], int] = {}
     own = ThreadPoolExecutor(plan.workers, thread_name_prefix="bridge") if executor is None else None
@@ -100,26 +120,26 @@ def run_steps(plan: Plan, sink: Sink, tick: Tick, executor: Executor | None = No
 
     def submit(step: Step) -> Future[Done]:
         if own is not None:
-            return own.submit(run_step, step, source, sink, _stoppable(tick, stop))
+            return own.submit(run_step, step, sources, sink, _stoppable(tick, stop))
         assert executor is not None
-        return executor.submit(run_step, step, source, sink)
+        return executor.submit(run_step, step, sources, sink)
 
     try:
         while order or running:
-            held = sum(plan.steps[i].memory for i in running.values())
+            held = sum(steps[i].memory for i in running.values())
             while order and len(running) < plan.workers:
-                fits = next((i for i in order if held + plan.steps[i].memory <= plan.memory_budget), None)
+                fits = next((i for i in order if held + steps[i].memory <= plan.memory_budget), None)
                 if fits is None:
                     break
                 order.remove(fits)
-                held += plan.steps[fits].memory
-                running[submit(plan.steps[fits])] = fits
+                held += steps[fits].memory
+                running[submit(steps[fits])] = fits
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 number = running.pop(future)
                 done[number] = future.result()
                 if own is None:
-                    tick(sum(source.specs[n].nbytes for n in plan.steps[number].leaf.names))
+                    tick(sum(plan.inputs.spec(read).nbytes for read in steps[number].reads))
     finally:
         # on an error, steps under way stop at their next block, so that nothing outlives this call
         stop.set()
@@ -129,7 +149,7 @@ def run_steps(plan: Plan, sink: Sink, tick: Tick, executor: Executor | None = No
             own.shutdown(wait=True, cancel_futures=True)
         else:
             wait(running)
-    ordered = [done[i] for i in range(len(plan.steps))]
+    ordered = [done[i] for i in range(len(steps))]
     refuse_if((problem for each in ordered for problem in each.problems), ValueRefused)
     return ordered
 

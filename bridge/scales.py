@@ -6,6 +6,7 @@ any other must be given, because a wrong guess changes the policy and nothing wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,12 @@ def scales(
         given: alpha by part name; ``""`` stands for all parts.
         rslora: whether the run used rank-stabilised LoRA.
     """
+    if any(
+        rule.lora is not None
+        and checkpoint.model.qualified(part.name, rule.lora.rank) not in checkpoint.sizes
+        for part, rule in checkpoint.lora_rules()
+    ):
+        return {}, []  # no factor has the right number of axes: one of the checkpoint's own problems
     ranks = {
         part.name: checkpoint.rank(part.name, rule)
         for part, rule in checkpoint.lora_rules()
@@ -52,12 +59,20 @@ def scales(
     location = checkpoint.source.location
     found: dict[str, Scale] = {}
     problems: list[Problem] = []
-    for name in given:
-        if name and name not in ranks:
-            have = " and ".join(ranks) or "no expert"
+    for name, value in given.items():
+        if not (math.isfinite(value) and value > 0):
             problems.append(
                 Problem(
-                    f"{location}: --lora-alpha is given for {name}, but {have} has scaled LoRA factors",
+                    f"--lora-alpha {name}{'=' if name else ''}{value}: alpha is a positive number",
+                    "take it from the training config's LoRAConfig",
+                )
+            )
+    for name in given:
+        if name and name not in ranks:
+            have = " and ".join(ranks) or "no part"
+            problems.append(
+                Problem(
+                    f"{location}: --lora-alpha is given for {name}, and scaled LoRA factors are in {have}",
                     f"name one of {', '.join(ranks)}" if ranks else "leave --lora-alpha out",
                 )
             )

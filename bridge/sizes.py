@@ -68,6 +68,8 @@ def solve(
                 problems.append(_disagree(" x ".join(one.axes), one, rest, "the other tensors"))
             elif len(unknown) == 1 and rest > 0 and one.length % rest == 0:
                 sizes[unknown[0]] = one.length // rest
+            elif len(unknown) == 1:
+                problems.append(_indivisible(one, rest))
             elif unknown:
                 later.append(one)
         if len(later) == len(unsolved):
@@ -87,6 +89,13 @@ def solve(
                 )
             )
     return sizes, problems
+
+
+def _indivisible(one: Seen, rest: int) -> Problem:
+    return Problem(
+        f"{one.where}: {' x '.join(one.axes)} is {one.length}, which is no multiple of {rest} in the other tensors",
+        "the checkpoint mixes models of different dimensions: take it from its source again",
+    )
 
 
 def _disagree(axis: str, one: Seen, expected: int, agree: str) -> Problem:

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from bridge.names import grouped
+from bridge.pieces import LeafFactors
+from bridge.specs import Spec
 
 if TYPE_CHECKING:
+    from bridge.outputs import Output
     from bridge.planner import Plan
     from bridge.step import Step
 
@@ -24,13 +27,17 @@ def size(count: float) -> str:
 
 def plan_text(plan: Plan, width: int) -> str:
     """The whole plan. Each rule takes one line, or two where they do not fit the width."""
-    return "\n".join((*head(plan), "", *_rules(plan, width), "", *_totals(plan)))
+    shown = [line for output in plan.outputs for line in ("", *_rules(plan, output, width))]
+    return "\n".join((*head(plan), *shown, "", *_totals(plan)))
 
 
 def head(plan: Plan) -> Iterator[str]:
-    checkpoint = plan.checkpoint
+    checkpoint, base = plan.checkpoint, plan.inputs.base
     yield f"source       {checkpoint.source.location}"
-    yield f"             {checkpoint.state}, model {checkpoint.model.name}"
+    yield f"             {checkpoint.state}, model {plan.inputs.model.name}"
+    if base is not None:
+        yield f"base         {base.source.location}"
+        yield f"             {base.state}"
     if plan.destination is not None:
         yield f"destination  {plan.destination}" + (" (replaced)" if plan.overwrite else "")
     way = " -> ".join([str(plan.route[0].source), *(f"{c.name} -> {c.target}" for c in plan.route)])
@@ -39,13 +46,17 @@ def head(plan: Plan) -> Iterator[str]:
     yield f"dtype        {plan.dtype}, layout {plan.layout.name}"
     for scale in plan.scales.values():
         yield f"lora scale   {scale}"
-    if any(step.leaf.a is not None and step.rule.lora and not step.rule.lora.scaled for step in plan.steps):
+    if plan.scales and any(
+        step.factors is not None and step.rule.lora and not step.rule.lora.scaled for step in plan.steps
+    ):
         yield "             feed-forward: 1, openpi's runtime applies no scale there"
     for note in plan.notes:
         yield f"note         {note}"
 
 
 def _loss(plan: Plan) -> str:
+    if plan.options.rank is not None:
+        return f"modules of a rank above {plan.options.rank} are approximated, by SVD"
     return {
         "EXACT": "every value is kept bit for bit",
         "GAUGE": "the same function, numbers that cancel out may differ",
@@ -54,23 +65,25 @@ def _loss(plan: Plan) -> str:
     }[plan.loss.name]
 
 
-def _rules(plan: Plan, width: int) -> Iterator[str]:
-    for part in plan.checkpoint.model.parts:
-        steps = [step for step in plan.steps if step.part == part.name]
+def _rules(plan: Plan, output: Output, width: int) -> Iterator[str]:
+    if output.where:
+        yield f"{output.where}/: {output.state}"
+    for part in plan.inputs.model.parts:
+        steps = [step for step in output.steps if step.part == part.name]
         if not steps:
             continue
-        shown = [grouped(name for _, names in step.weights for name in names) for step in steps]
+        shown = [(step, name, spec) for step in steps for name, spec in _shown(step).items()]
         leaves = _common([step.rule.leaf for step in steps], "/")
-        weights = _common([name for names in shown for name in names], ".")
+        weights = _common([name for _, name, _ in shown], ".")
         yield f"{part.name}: {leaves}* -> {weights}*"
         rows = [
             (
                 step.rule.leaf.removeprefix(leaves),
-                f"{step.source_spec}{_lora(step)}",
-                "-> " + _braced([name.removeprefix(weights) for name in names]),
-                str(step.spec),
+                _taken(step),
+                "-> " + name.removeprefix(weights),
+                str(spec),
             )
-            for step, names in zip(steps, shown, strict=True)
+            for step, name, spec in shown
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         one_line = sum(widths) + 2 * len(widths) <= width
@@ -80,27 +93,40 @@ def _rules(plan: Plan, width: int) -> Iterator[str]:
             else:
                 yield f"  {row[0]}  {row[1]}"
                 yield f"    {row[2]}  {row[3]}"
-    for name, reason in plan.zeros.items():
-        yield f"zeros: {name} {plan.specs[name]}: {reason}"
-    for alias, name in plan.header.items():
-        if name in plan.specs:
+    for name, reason in output.zeros.items():
+        yield f"zeros: {name} {output.specs[name]}: {reason}"
+    for alias, name in output.header.items():
+        if name in output.specs:
             yield f"tied: {alias} is {name}"
-    for name, data in plan.files.items():
+    for name, data in output.files.items():
         yield f"file: {name} {size(len(data))}"
 
 
-def _lora(step: Step) -> str:
-    if step.leaf.a is None:
-        return ""
-    return f" + {step.scale:g} a b" if step.rule.lora and step.rule.lora.scaled else " + a b"
+def _shown(step: Step) -> dict[str, Spec]:
+    """What a step writes, a line a shape: the names shortened, with their spec."""
+    shapes: dict[Spec, list[str]] = {}
+    for name, spec in step.specs.items():
+        shapes.setdefault(spec, []).append(name)
+    return {_braced(grouped(names)): spec for spec, names in shapes.items()}
+
+
+def _taken(step: Step) -> str:
+    """What a step takes: the leaf, its factors, and the scale of their product."""
+    scale = step.factors.scale if isinstance(step.factors, LeafFactors) else 1.0
+    scaled = step.rule.lora is not None and step.rule.lora.scaled
+    product = f"{scale:g} a b" if scaled and isinstance(step.factors, LeafFactors) else "a b"
+    if step.weights is None:
+        return product
+    return f"{step.leaf_spec}" + (f" + {product}" if step.factors is not None else "")
 
 
 def _totals(plan: Plan) -> Iterator[str]:
-    source = plan.checkpoint.source
-    ways = Counter(source.how(name) for step in plan.steps for name in step.leaf.names)
+    sources = plan.inputs.sources
+    tensors = sum(len(output.specs) for output in plan.outputs)
+    ways = Counter(sources[which].how(name) for step in plan.steps for which, name in step.reads)
     how = ", ".join(f"{count} arrays {way}" for way, count in ways.items())
     yield f"reads        {size(plan.bytes_read)} ({size(plan.bytes_decoded)} decoded): {how}"
-    yield f"writes       {size(plan.bytes_written)}: {len(plan.specs)} tensors by {len(plan.steps)} rules"
+    yield f"writes       {size(plan.bytes_written)}: {tensors} tensors by {len(plan.steps)} rules"
     yield f"memory       about {size(plan.memory)} at most"
 
 

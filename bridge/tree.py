@@ -25,9 +25,17 @@ class Tree:
 
 def read_tree(names: Iterable[str]) -> tuple[Tree, list[Problem]]:
     """Take the common leaf paths out of the stored names of a pytree."""
-    stored = {name.removeprefix(ROOT): name for name in names}
-    suffixed = [leaf for leaf in stored if leaf.endswith(SUFFIX)]
+    stored: dict[str, str] = {}
     problems = []
+    for name in names:
+        other = stored.setdefault(name.removeprefix(ROOT), name)
+        if other != name:
+            problems.append(
+                Problem(
+                    f"{other} and {name} are one leaf to openpi", "two trees were mixed: remove one of them"
+                )
+            )
+    suffixed = [leaf for leaf in stored if leaf.endswith(SUFFIX)]
     if suffixed and len(suffixed) < len(stored):
         bare = next(leaf for leaf in stored if not leaf.endswith(SUFFIX))
         problems.append(

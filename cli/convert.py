@@ -54,6 +54,16 @@ def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
 )
 @click.option("--rslora", is_flag=True, help="The run scaled LoRA by alpha / sqrt(rank).")
 @click.option("--layout", default="openpi", show_default=True, help="Names: openpi, lerobot or transformers.")
+@click.option(
+    "--base", metavar="PATH", help="Weights an adapter applies to; with --to peft-adapter, to compare with."
+)
+@click.option("--with-base", is_flag=True, help="Write the base an adapter applies to into DST/base.")
+@click.option("--base-name", metavar="NAME", help="An adapter's base_model_name_or_path.")
+@click.option("--keep-alpha", is_flag=True, help="Keep an adapter's factors bit for bit, the scale as alpha.")
+@click.option("--rank", type=click.IntRange(1), help="Compress an adapter's modules to this rank, by SVD.")
+@click.option(
+    "--modules-to-save", is_flag=True, help="Put the weights that differ from --base into the adapter."
+)
 @click.option("--action-horizon", type=click.IntRange(1), help="Length of an action chunk, for config.json.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is whole, if bridge wrote it.")
@@ -69,6 +79,12 @@ def convert(
     lora_alpha: dict[str, float],
     rslora: bool,
     layout: str,
+    base: str | None,
+    with_base: bool,
+    base_name: str | None,
+    keep_alpha: bool,
+    rank: int | None,
+    modules_to_save: bool,
     action_horizon: int | None,
     dry_run: bool,
     overwrite: bool,
@@ -79,23 +95,32 @@ def convert(
     """Convert the checkpoint SRC into the new directory DST.
 
     SRC is a training step, its params/, a directory of steps (the newest finished one is taken),
-    or a gs:// URL of one. Norm stats travel along. DST appears whole or not at all.
+    a gs:// URL of one, or an adapter's directory. Norm stats travel along. DST appears whole or
+    not at all.
     """
     import bridge
 
-    plan = bridge.plan(
-        src,
-        dst,
-        to=to,
-        from_=from_,
-        dtype=dtype,
-        lora_alpha=lora_alpha or None,
-        rslora=rslora,
-        layout=layout,
-        action_horizon=action_horizon,
-        overwrite=overwrite,
-        workers=workers,
-    )
+    with progress("comparing", quiet=quiet or as_json or base is None) as show:
+        plan = bridge.plan(
+            src,
+            dst,
+            to=to,
+            from_=from_,
+            base=base,
+            dtype=dtype,
+            lora_alpha=lora_alpha or None,
+            rslora=rslora,
+            layout=layout,
+            action_horizon=action_horizon,
+            keep_alpha=keep_alpha,
+            rank=rank,
+            with_base=with_base,
+            base_name=base_name,
+            modules_to_save=modules_to_save,
+            overwrite=overwrite,
+            workers=workers,
+            progress=show,
+        )
     if dry_run:
         if as_json:
             click.echo(json.dumps(_plan_json(plan), indent=2))
@@ -141,7 +166,7 @@ def _plan_json(plan: Plan, *, rules: bool = True) -> dict[str, Any]:
     made: dict[str, Any] = {
         "source": str(plan.checkpoint.source.location),
         "destination": str(plan.destination),
-        "model": plan.checkpoint.model.name,
+        "model": plan.inputs.model.name,
         "state": str(plan.checkpoint.state),
         "route": [edge.name for edge in plan.route],
         "loss": plan.loss.name.lower(),
@@ -151,7 +176,7 @@ def _plan_json(plan: Plan, *, rules: bool = True) -> dict[str, Any]:
             name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
             for name, s in plan.scales.items()
         },
-        "tensors": len(plan.specs),
+        "tensors": sum(len(output.specs) for output in plan.outputs),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory": plan.memory,
@@ -163,17 +188,25 @@ def _plan_json(plan: Plan, *, rules: bool = True) -> dict[str, Any]:
                 "part": step.part,
                 "leaf": step.rule.leaf,
                 "axes": step.rule.axes,
-                "shape": list(step.source_spec.shape),
-                "dtype": step.source_spec.dtype.name,
-                "lora": step.leaf.a is not None,
-                "scale": step.scale if step.leaf.a is not None else None,
-                "weights": [name for _, names in step.weights for name in names],
-                "weight_shape": list(step.spec.shape),
-                "weight_dtype": step.spec.dtype.name,
-                "read": plan.checkpoint.source.how(step.leaf.w),
+                "shape": list(step.leaf_spec.shape),
+                "dtype": step.leaf_spec.dtype.name,
+                "lora": step.factors is not None,
+                "scale": getattr(step.factors, "scale", None),
+                "reads": [
+                    {"from": which, "name": name, "how": plan.inputs.sources[which].how(name)}
+                    for which, name in step.reads
+                ],
+                "tensors": {
+                    name: {"dtype": spec.dtype.name, "shape": list(spec.shape)}
+                    for name, spec in step.specs.items()
+                },
+                "output": output.where,
             }
-            for step in plan.steps
+            for output in plan.outputs
+            for step in output.steps
         ]
-        made["zeros"] = dict(plan.zeros)
-        made["files"] = sorted(plan.files)
+        made["zeros"] = {name: why for output in plan.outputs for name, why in output.zeros.items()}
+        made["files"] = sorted(
+            f"{output.where}/{name}".lstrip("/") for output in plan.outputs for name in output.files
+        )
     return made

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tests.checkpoints import save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,10 @@ def test_own_adapter_is_found_and_converts(installed: Path, tmp_path: Path) -> N
     from safetensors.numpy import load_file
 
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(weights) == {"embed.weight", *(f"layers.{i}.{n}.weight" for i in range(2) for n in ("mix", "out"))}
+    assert set(weights) == {
+        "embed.weight",
+        *(f"layers.{i}.{n}.weight" for i in range(2) for n in ("mix", "out")),
+    }
     x = random.normal(size=(4, heads, dim)).astype(np.float32)
     for layer in range(layers):
         w, a, b = (tree[f"out/{name}"][layer] for name in ("w", "lora_a", "lora_b"))
@@ -90,7 +94,9 @@ def test_own_adapter_is_found_and_converts(installed: Path, tmp_path: Path) -> N
 def test_without_the_package_the_model_is_unknown(tmp_path: Path) -> None:
     source = save({"embed": np.zeros((3, 5), np.float32)}, tmp_path / "toy", quick=True, assets=False)
     run = subprocess.run(
-        [sys.executable, "-c", f"import bridge; bridge.describe({str(source)!r})"], capture_output=True, text=True
+        [sys.executable, "-c", f"import bridge; bridge.describe({str(source)!r})"],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 1
     assert "these 1 names are no model that bridge knows" in run.stderr

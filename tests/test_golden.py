@@ -199,8 +199,8 @@ def test_recorded_checksums_hold(converted: Converted) -> None:
     lines = "".join(f"{name} {sums[name]}\n" for name in sorted(sums))
     assert record["checksum"] == converted.result.checksum == xxhash.xxh3_128(lines.encode()).hexdigest()
 
-    suffix = "/value" if record["source"]["value_suffix"] else ""
-    assert record["source"]["leaves"] == {
+    suffix = "/value" if record["sources"]["source"]["value_suffix"] else ""
+    assert record["sources"]["source"]["arrays"] == {
         f"params/{leaf}{suffix}": {"dtype": array.dtype.name, "checksum": checksum(golden.tensor(array))}
         for leaf, array in converted.golden.leaves.items()
     }

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from tests.checkpoints import pi0_tree, save
 from safetensors.numpy import load
 
 import bridge
 from bridge.adapters import lerobot
 from bridge.adapters.openpi import ADAPTER
+from tests.checkpoints import pi0_tree, save
 
 PRE, POST = "policy_preprocessor", "policy_postprocessor"
 STATE_FILES = {
@@ -63,7 +63,7 @@ def facts(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Facts:
     assert layout is not None
     changed = {axis.replace("__", "."): size for axis, size in sizes.items()}
     stock = {**lerobot.STOCK, "projections.action": 32, "siglip.token": 256}
-    return bridge.Facts(found, {**stock, **changed}, layout, "bfloat16", {}, assets)
+    return bridge.Facts(found, {**stock, **changed}, layout, "base", "bfloat16", {}, assets)
 
 
 def made(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Companions:

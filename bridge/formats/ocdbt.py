@@ -44,11 +44,15 @@ def index(location: Location) -> dict[str, Extent]:
             # very long histories move the newest version out of the manifest; Orbax writes one
             raise ValueError("the manifest names no version")
         found: dict[str, Extent] = {}
+        walked = set()
         pending = [(versions[-1]["root"].get("location"), b"")]
         while pending:
             node, prefix = pending.pop()
             if node is None:  # an empty store
                 continue
+            if node in walked:
+                raise ValueError(f"its node {node} lies below itself or in two places")
+            walked.add(node)
             for entry in ts.ocdbt.dump(store, node).result()["entries"]:
                 key = prefix + _bytes(entry.get("key", b""))
                 if "inline_value" in entry:

@@ -74,8 +74,16 @@ class OrbaxSource:
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         store = self._tensorstore(name)
+        at: Any = rows
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(store.shape[0])
+            if step != 1:
+                raise IndexError(f"rows of {name} are read in order: no step {step}")
+            at = slice(start, max(start, stop))
+        elif rows is not None:
+            at = range(store.shape[0])[rows]
         try:
-            return np.asarray((store if rows is None else store[rows]).read().result())
+            return np.asarray((store if at is None else store[at]).read().result())
         except (ValueError, OSError, IndexError) as error:
             raise self._damaged(name, error) from error
 
@@ -87,11 +95,15 @@ class OrbaxSource:
             files = [(None if e.inline is not None else contained(root, e.file), e) for e in stored.chunks]
             yield from stream.blocks(stored.array, files, name)
             return
+        if not stored.array.spec.shape:
+            yield 0, self.read(name).reshape(1)
+            return
         store = self._tensorstore(name)
-        step = stored.array.chunks[0]
-        for start in range(0, stored.array.spec.shape[0], step):
+        step, total = stored.array.chunks[0], stored.array.spec.shape[0]
+        for start in range(0, total, step):
             try:
-                yield start, np.asarray(store[start : start + step].read().result())
+                # TensorStore does not clip: the last chunk may reach beyond the array
+                yield start, np.asarray(store[start : min(start + step, total)].read().result())
             except (ValueError, OSError) as error:
                 raise self._damaged(name, error) from error
 

@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
 def _parse(text: bytes, size: int) -> Header:
     if not text.startswith(b"{"):
         raise ValueError("its header does not begin with '{'")
-    described = json.loads(text, object_pairs_hook=_no_duplicates)
+    described = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not all text")
@@ -147,7 +147,7 @@ def _placed(name: str, entry: Any, first: int) -> Placed:
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is not described")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{name} has dtype {dtype!r}")
     if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
         raise ValueError(f"{name} has shape {shape!r} at {offsets!r}")

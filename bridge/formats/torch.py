@@ -77,15 +77,22 @@ class TorchSource:
         row = placed.spec.nbytes // max(shape[0], 1)
         rows = np.empty((stop - start, *shape[1:]), placed.spec.dtype)
         into = raw(rows)
-        with path.open("rb", buffering=0) as file:
-            done = 0
-            while done < len(into):
-                got = os.preadv(file.fileno(), [into[done:]], placed.offset + start * row + done)
-                if got == 0:
-                    raise SourceRefused(
-                        Problem(f"{path}: {name} ends {len(into) - done} bytes too soon", "copy it again")
-                    )
-                done += got
+        try:
+            with path.open("rb", buffering=0) as file:
+                done = 0
+                while done < len(into):
+                    got = os.preadv(file.fileno(), [into[done:]], placed.offset + start * row + done)
+                    if got == 0:
+                        raise SourceRefused(
+                            Problem(f"{path}: {name} ends {len(into) - done} bytes too soon", "copy it again")
+                        )
+                    done += got
+        except OSError as error:
+            raise SourceRefused(
+                Problem(
+                    f"{path}: {name} cannot be read: {error.strerror}", "check the file and its permissions"
+                )
+            ) from error
         return rows
 
 
@@ -97,7 +104,9 @@ def _block_rows(spec: Spec) -> tuple[int, int]:
 
 
 def claims(location: Location) -> bool:
-    """Whether the path is a safetensors file or a directory that holds one."""
+    """Whether the path is a safetensors file or a directory that holds one, and no adapter."""
+    if any(name.startswith("adapter_") for name in location.names()):
+        return False
     return location.name.endswith(".safetensors") or any(
         name.endswith((".safetensors", ".safetensors.index.json")) for name in location.names()
     )
@@ -115,17 +124,17 @@ def open_torch(location: Location) -> TorchSource:
         )
     path = location.local
     if path.is_file():
-        return _source(location, location.parent, [path], None)
+        return source_of(location, location.parent, [path], None)
     names = location.names()
     if FILE in names:
-        return _source(location, location, [path / FILE], None)
+        return source_of(location, location, [path / FILE], None)
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(indexes) == 1:
         shards = _shards(path / indexes[0])
-        return _source(location, location, sorted(set(shards.values())), shards)
+        return source_of(location, location, sorted(set(shards.values())), shards)
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1:
-        return _source(location, location, [path / files[0]], None)
+        return source_of(location, location, [path / files[0]], None)
     what = f"holds {len(files)} safetensors files and no index" if files else "holds no safetensors file"
     raise SourceRefused(Problem(f"{location} {what}", f"give one file, or the directory that holds {FILE}"))
 
@@ -151,9 +160,10 @@ def _shards(path: Path) -> dict[str, Path]:
     return {name: path.parent / file for name, file in pairs}
 
 
-def _source(
+def source_of(
     location: Location, root: Location, paths: list[Path], shards: Mapping[str, Path] | None
 ) -> TorchSource:
+    """A source over files whose headers are read and checked against each other and the index."""
     files: dict[str, tuple[Path, Placed]] = {}
     metadata: dict[str, Any] = {}
     problems = []
@@ -195,14 +205,12 @@ class TorchSink:
         if array.dtype != placed.spec.dtype or array.shape[1:] != placed.spec.shape[1:]:
             raise ValueError(f"{name} is declared {placed.spec}, and got {Spec(array.shape, array.dtype)}")
         row = placed.spec.nbytes // max(placed.spec.shape[0] if placed.spec.shape else 1, 1)
-        if (start * row) + array.nbytes > placed.spec.nbytes:
+        if start < 0 or start * row + array.nbytes > placed.spec.nbytes:
             raise ValueError(f"{name} has {placed.spec.shape} rows, and got more")
         data = raw(array)
         fd = os.open(self.path, os.O_WRONLY)
         try:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], placed.offset + start * row + done)
+            _write_all(fd, data, placed.offset + start * row)
         finally:
             os.close(fd)
 
@@ -216,14 +224,24 @@ class TorchSink:
             raise OSError(f"{self.path}: the file read back is not the one that was laid out")
 
 
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
 def create(directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
-    """Lay out ``model.safetensors`` in a directory. Tensors never written are zeros, as a hole."""
+    """Lay out ``model.safetensors`` in a directory."""
+    return lay_out(directory / FILE, specs, metadata)
+
+
+def lay_out(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
+    """Make a file of its final size, header first. Tensors never written are zeros, as a hole."""
     first, header = compose(specs, metadata)
-    path = directory / FILE
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         os.ftruncate(fd, header.length)
-        os.pwrite(fd, first, 0)
+        _write_all(fd, first, 0)
     finally:
         os.close(fd)
     return TorchSink(path, header)

@@ -35,7 +35,7 @@ def weights(shape: tuple[int, ...], frozen: bool, seed: int) -> np.ndarray:
     random = np.random.Generator(np.random.SFC64(seed))
     size = int(np.prod(shape))
     # one block of normals, shifted: drawing billions would take longer than what is measured
-    block = (random.standard_normal(min(size, 1 << 24), np.float32) * np.float32(0.02))
+    block = random.standard_normal(min(size, 1 << 24), np.float32) * np.float32(0.02)
     dtype: Any = ml_dtypes.bfloat16 if frozen else np.float32
     out = np.empty(size, dtype)
     for start in range(0, size, len(block)):
@@ -50,7 +50,8 @@ def make(directory: Path, layers: int = 18, lora: Mapping[str, int] = LORA) -> P
     sizes = {**STOCK, "layers": layers, "image_layers": 27 * layers // 18}
     every = shapes(sizes, "pi0", lora, 1, False)
     arrays = (
-        (name, weights(every[name], is_frozen(name, lora), number)) for number, name in enumerate(sorted(every))
+        (name, weights(every[name], is_frozen(name, lora), number))
+        for number, name in enumerate(sorted(every))
     )
     return save_stream(arrays, directory)
 

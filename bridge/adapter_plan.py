@@ -1,0 +1,165 @@
+"""Planning an adapter: what it leaves out, what must stand beside it, and what servers will say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge import converters
+from bridge.card import model_card
+from bridge.checkpoint import Checkpoint
+from bridge.errors import OutputRefused, Problem, refuse_if
+from bridge.graph import State
+from bridge.model import Layout
+from bridge.names import grouped
+from bridge.outputs import Inputs, Output, adapter_output, tensor_output
+from bridge.peft import PREFIX
+from bridge.scales import Scale
+from bridge.writers import AdapterWriter
+
+if TYPE_CHECKING:
+    from bridge.planner import Options
+
+BASE = "base"
+
+#: vLLM's default for --max-lora-rank
+SERVER_RANK = 16
+
+
+def adapter_outputs(
+    inputs: Inputs,
+    reference: Checkpoint | None,
+    target: State,
+    layout: Layout,
+    dtype: str,
+    scales: Mapping[str, Scale],
+    options: Options,
+    destination: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[tuple[Output, ...], list[str]]:
+    """The adapter, and its base where asked for; with what a user must know of them."""
+    notes: list[str] = []
+    replaced: tuple[str, ...] = ()
+    if reference is not None:
+        replaced, found = _compared(inputs.source, reference, options, progress)
+        notes += found
+    base_name = options.base_name
+    if base_name is None:
+        base_name = str(destination / BASE) if options.with_base and destination is not None else ""
+    adapter = adapter_output(
+        inputs.source,
+        target,
+        layout,
+        dtype,
+        scales,
+        keep_alpha=options.keep_alpha,
+        rank=options.rank,
+        base_name=base_name,
+        replaced=replaced,
+    )
+    outputs: tuple[Output, ...] = (adapter,)
+    if options.with_base:
+        base = tensor_output(inputs, converters.TORCH_BASE, layout, "keep", {}, fold=False)
+        outputs += (replace(base, where=BASE),)
+    elif reference is None:
+        notes.append(
+            "no base is written: LoRA runs train vision tower, projector and projections in full, so on any base "
+            "but this checkpoint's own the adapter is another policy; --with-base writes it"
+        )
+    if layout.name == "lerobot" and not base_name:
+        notes.append(
+            "LeRobot needs base_model_name_or_path, and it is empty: give --base-name, or --with-base"
+        )
+    notes += _rank_notes(adapter)
+    if options.rank is not None:
+        notes += _compression_notes(inputs, adapter)
+    outputs = (
+        adapter.with_files({"README.md": model_card(inputs.source, adapter, scales, options)}),
+        *outputs[1:],
+    )
+    return outputs, notes
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    options: Options,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[tuple[str, ...], list[str]]:
+    """The weights that differ from the reference, and what to say or refuse about them."""
+    from bridge.compare import differences
+
+    found = differences(checkpoint, reference, progress)
+    where = reference.source.location
+    if not found:
+        return (), [f"the weights beside the factors equal those of {where}"]
+    worst = max(found, key=lambda name: found[name])
+    notes = [
+        f"{len(found)} weights differ from {where} (most: {worst}, relative {found[worst]:.1e}); "
+        + ("they travel in modules_to_save" if options.modules_to_save else "the adapter needs its own base")
+    ]
+    notes += [f"differs: {name}" for name in grouped(found)]
+    if not options.modules_to_save:
+        return (), notes
+    lora = {rule.leaf for _, rule in checkpoint.lora_rules()}
+    refuse_if(_unsavable(checkpoint, found, lora, str(where)), OutputRefused)
+    return tuple(found), notes
+
+
+def _unsavable(
+    checkpoint: Checkpoint, found: Mapping[str, float], lora: set[str], where: str
+) -> list[Problem]:
+    """Differing weights that PEFT's modules_to_save cannot carry."""
+    from bridge.names import skeleton
+
+    problems = []
+    forms = {form: rule for rule in checkpoint.model.rules for form, _ in rule.template.skeletons()}
+    tied = set(checkpoint.model.tied.values())
+    for name in found:
+        rule = forms[skeleton(name)[0]]
+        if rule.leaf in lora:
+            problems.append(
+                Problem(
+                    f"{name} differs from {where}, and carries LoRA: the adapter was trained on another base",
+                    "give the base it was trained on, or write its own with --with-base",
+                )
+            )
+        elif name in tied:
+            problems.append(
+                Problem(
+                    f"{name} differs from {where}, and is tied to the embedding: modules_to_save would untie it",
+                    "write the base with --with-base instead",
+                )
+            )
+    return problems
+
+
+def _rank_notes(adapter: Output) -> list[str]:
+    ranks = [
+        pair.spec_a.shape[0]
+        for step in adapter.steps
+        if isinstance(step.writer, AdapterWriter)
+        for pair in step.writer.pairs.values()
+    ]
+    if max(ranks) <= SERVER_RANK:
+        return []
+    return [
+        f"ranks go up to {max(ranks)} (an expert's heads stand side by side in q_proj): vLLM needs "
+        f"--max-lora-rank {max(ranks)}, its default is {SERVER_RANK}"
+    ]
+
+
+def _compression_notes(inputs: Inputs, adapter: Output) -> list[str]:
+    """The relative error of every compressed module, worst first."""
+    from bridge.compare import compression_errors
+
+    errors = compression_errors(inputs, adapter)
+    if not errors:
+        return ["no module has a larger rank: nothing is compressed"]
+    order = sorted(errors, key=lambda name: -errors[name])
+    return [
+        f"{len(errors)} modules are compressed, relative Frobenius error up to {errors[order[0]]:.2e}",
+        *(f"compressed: {name.removeprefix(PREFIX)} {errors[name]:.2e}" for name in order),
+    ]

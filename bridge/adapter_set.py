@@ -1,0 +1,137 @@
+"""A PEFT adapter, understood: which weights it changes, by which factors and scale.
+
+Any LoRA adapter over a known model's modules is read, in any layout of their names. Everything
+PEFT would pass over in silence is a problem here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bridge.checkpoint import Checkpoint, Module, unknown
+from bridge.errors import Problem
+from bridge.formats import Source
+from bridge.formats.peft import CONFIG
+from bridge.model import Adapter, Layout, Model
+from bridge.names import grouped
+from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
+from bridge.plugins import adapters
+from bridge.recognise import Place, place_weights
+from bridge.specs import WEIGHT_DTYPES
+
+RESAVE = "save the adapter again with PEFT's save_pretrained, whole"
+
+
+def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint:
+    """Find the weights an adapter belongs to.
+
+    Args:
+        source: opened as ``peft``.
+        model: the model of its base, where one is given; else the first that has all its modules.
+
+    Raises:
+        CheckpointRefused: its modules are of no model that bridge knows.
+    """
+    names = {name: _weight_of(name) for name in source.specs}
+    best: tuple[int, Adapter, Model, Layout, dict[str, Place]] | None = None
+    for adapter in adapters():
+        for known in adapter.models:
+            if model is not None and known.name != model.name:
+                continue
+            for layout in known.layouts:
+                places = place_weights(known, layout, set(names.values()))
+                if best is None or len(places) > best[0]:
+                    best = (len(places), adapter, known, layout, places)
+    if best is None or best[0] == 0:
+        raise unknown(source, names)
+    _, adapter, found, layout, places = best
+
+    where = str(source.location)
+    config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
+    problems += _strays(where, names, places, found)
+    modules: dict[str, Module] = {}
+    saved: dict[str, str] = {}
+    for weight, place in places.items():
+        canonical = place.rule.template.format(place.at)
+        module = weight.rpartition(".")[0]
+        a, b = f"{PREFIX}{module}{A}", f"{PREFIX}{module}{B}"
+        if a in source.specs or b in source.specs:
+            problems += _pair_problems(source, where, module, a, b)
+            if place.rule.lora is None:
+                problems.append(
+                    Problem(
+                        f"{where}: {module} carries LoRA, and openpi has none there",
+                        "merge it in PEFT instead",
+                    )
+                )
+            if config is not None and a in source.specs and b in source.specs:
+                found_module, trouble = _module(source, config, where, module, a, b)
+                problems += trouble
+                if found_module is not None:
+                    modules[canonical] = found_module
+        stored = PREFIX + weight
+        if stored in source.specs:
+            saved[canonical] = stored
+            if config is not None and not any(module.endswith(name) for name in config.modules_to_save):
+                problems.append(
+                    Problem(
+                        f"{where}: {stored} would overwrite the base, and modules_to_save does not name it",
+                        RESAVE,
+                    )
+                )
+    problems += [
+        Problem(
+            f"{where}: {name} has dtype {spec.dtype.name}", f"save it as one of {', '.join(WEIGHT_DTYPES)}"
+        )
+        for name, spec in source.specs.items()
+        if spec.dtype.name not in WEIGHT_DTYPES
+    ]
+    return Checkpoint(source, adapter, found, layout, saved, False, {}, tuple(problems), modules)
+
+
+def _weight_of(name: str) -> str:
+    """The weight that an adapter's tensor changes or replaces."""
+    name = name.removeprefix(PREFIX)
+    for ending in (A, B):
+        if name.endswith(ending):
+            return name.removesuffix(ending) + ".weight"
+    return name
+
+
+def _strays(where: str, names: Mapping[str, str], places: Mapping[str, Place], model: Model) -> list[Problem]:
+    strays = [name for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)]
+    return [
+        Problem(f"{where}: {name} is of no module of {model.name}, and PEFT would ignore it", RESAVE)
+        for name in grouped(strays)
+    ]
+
+
+def _pair_problems(source: Source, where: str, module: str, a: str, b: str) -> list[Problem]:
+    missing = [name for name in (a, b) if name not in source.specs]
+    if missing:
+        return [
+            Problem(f"{where}: {missing[0]} is missing, and PEFT would run without it in silence", RESAVE)
+        ]
+    shape_a, shape_b = source.specs[a].shape, source.specs[b].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+        return [
+            Problem(
+                f"{where}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, no pair", RESAVE
+            )
+        ]
+    return []
+
+
+def _module(
+    source: Source, config: AdapterConfig, where: str, module: str, a: str, b: str
+) -> tuple[Module | None, list[Problem]]:
+    try:
+        rank, scale = config.rank(module), config.scale(module)
+    except TimeoutError:
+        return None, [Problem(f"{where}/{CONFIG}: a pattern takes too long to match {module}", RESAVE)]
+    stored = source.specs[a].shape[0] if source.specs[a].shape else 0
+    if stored != rank:
+        return None, [
+            Problem(f"{where}: {module} has rank {stored}, and the config gives it {rank}", RESAVE),
+        ]
+    return Module(a, b, rank, scale), []

@@ -1,0 +1,70 @@
+"""PEFT adapter sets: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+The tensors are a safetensors file like any other; the config is kept as the JSON object it is,
+and read by :mod:`bridge.peft`. Pickled adapters (``adapter_model.bin``) are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bridge.errors import Problem, SourceRefused
+from bridge.formats import Format
+from bridge.formats.location import Location
+from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
+from bridge.specs import Spec
+
+FILE = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PICKLE = "adapter_model.bin"
+MAX_CONFIG = 1 << 20
+
+
+def claims(location: Location) -> bool:
+    """Whether the path is a directory with an adapter's config or weights."""
+    return bool({FILE, CONFIG, PICKLE} & set(location.names()))
+
+
+def open_peft(location: Location) -> TorchSource:
+    """Open an adapter's directory; ``metadata["adapter_config.json"]`` is its config.
+
+    Raises:
+        SourceRefused: a file is missing or damaged, or the weights are pickled.
+    """
+    names = location.names()
+    if location.local is None:
+        raise SourceRefused(Problem(f"{location}: adapters are read from local disk", "copy it here first"))
+    if FILE not in names and PICKLE in names:
+        raise SourceRefused(
+            Problem(
+                f"{location / PICKLE} is a pickle, which can run code when it is opened: bridge never opens one",
+                "save the adapter again with save_pretrained(..., safe_serialization=True)",
+            )
+        )
+    for name in (FILE, CONFIG):
+        if name not in names:
+            raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again, whole"))
+    text = (location / CONFIG).read_bytes() or b""
+    try:
+        if len(text) > MAX_CONFIG:
+            raise ValueError(f"it has {len(text)} bytes")
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise SourceRefused(
+            Problem(f"{location / CONFIG} is damaged: {error}", "copy the adapter again, whole")
+        ) from error
+    source = source_of(location, location, [location.local / FILE], None)
+    return replace(source, metadata={**source.metadata, CONFIG: config}, format="peft")
+
+
+def create(directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
+    """Lay out ``adapter_model.safetensors`` in a directory; the config is written as a file."""
+    return lay_out(directory / FILE, specs, metadata)
+
+
+FORMAT = Format(name="peft", claims=claims, open=open_peft, create=create)

@@ -1,0 +1,398 @@
+"""What a plan makes: the tensors of one output directory, the steps that fill them, the files beside."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bridge.axes import Index
+from bridge.checkpoint import Checkpoint, weight_names
+from bridge.errors import Problem
+from bridge.formats import Source
+from bridge.formats.peft import CONFIG
+from bridge.graph import State
+from bridge.lora import factor_axes
+from bridge.model import Layout, Model, Part
+from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
+from bridge.pieces import (
+    FactorReader,
+    LeafFactors,
+    LeafWeights,
+    ModuleFactors,
+    Read,
+    ReplacedWeights,
+    TensorWeights,
+    Weights,
+)
+from bridge.rule import Rule
+from bridge.scales import Scale
+from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec
+from bridge.step import Step
+from bridge.writers import AdapterWriter, Pair, TensorWriter, Writer
+
+
+@dataclass(frozen=True)
+class Output:
+    """One directory of a plan."""
+
+    state: State
+    where: str
+    """Its path below the destination; empty for the destination itself."""
+    layout: Layout
+    dtype: str
+    steps: tuple[Step, ...]
+    specs: Mapping[str, Spec]
+    """Every tensor."""
+    zeros: Mapping[str, str]
+    """Tensors that are zeros -> the reason."""
+    header: Mapping[str, str]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files written beside the tensors."""
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written; tensors of zeros are a hole and take none."""
+        return sum(step.bytes_written for step in self.steps) + sum(len(data) for data in self.files.values())
+
+    @property
+    def main_dtype(self) -> str:
+        """dtype of most tensors."""
+        return Counter(spec.dtype.name for spec in self.specs.values()).most_common(1)[0][0]
+
+    def with_files(self, files: Mapping[str, bytes]) -> Output:
+        return replace(self, files={**self.files, **files})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checkpoints a plan reads from. ``weights`` is the base where there is one."""
+
+    source: Checkpoint
+    base: Checkpoint | None = None
+
+    @property
+    def weights(self) -> Checkpoint:
+        return self.base or self.source
+
+    @property
+    def weights_key(self) -> str:
+        return "base" if self.base else "source"
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        return {"source": self.source} | ({"base": self.base} if self.base else {})
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        return {key: checkpoint.source for key, checkpoint in self.checkpoints.items()}
+
+    @property
+    def model(self) -> Model:
+        return self.weights.model
+
+    def spec(self, read: Read) -> Spec:
+        return self.sources[read[0]].specs[read[1]]
+
+
+def tensor_output(
+    inputs: Inputs, state: State, layout: Layout, dtype: str, scales: Mapping[str, Scale], *, fold: bool
+) -> Output:
+    """The weights of a state_dict, with factors folded into them where asked."""
+    steps = tuple(
+        _tensor_step(inputs, part, rule, layout, dtype, scales.get(part.name), fold=fold)
+        for part in inputs.model.parts
+        for rule in part.rules
+    )
+    specs = _collect(inputs.model, steps)
+    # as safetensors' save_model records a tensor that is stored under another name
+    header = {"format": "pt"}
+    for alias, of in inputs.model.tied.items():
+        if layout.rename(alias) not in specs:
+            header[layout.rename(alias)] = layout.rename(of)
+    zeros = {}
+    for unused in inputs.model.unused:
+        name = layout.rename(unused.weight)
+        shape = tuple(inputs.weights.sizes[inputs.model.canonical.get(axis, axis)] for axis in unused.axes)
+        narrow = min((spec.dtype for spec in specs.values()), key=lambda dtype: (dtype.itemsize, dtype.name))
+        specs[name] = Spec(shape, narrow)
+        zeros[name] = unused.reason
+    return Output(state, "", layout, dtype, steps, dict(sorted(specs.items())), zeros, header)
+
+
+def _tensor_step(
+    inputs: Inputs,
+    part: Part,
+    rule: Rule,
+    layout: Layout,
+    dtype: str,
+    scale: Scale | None,
+    *,
+    fold: bool,
+) -> Step:
+    sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
+    weights, rule, sizes = _weights(inputs, rule, sizes)
+    names = dict(weight_names(rule, sizes))
+    factors = _factors(inputs, rule, names, sizes, scale) if fold else None
+    stored = inputs.spec(weights.reads[0]).dtype
+    leaf_spec = Spec(rule.equation.leaf_shape(sizes), stored)
+    spec = Spec(rule.equation.weight_shape(sizes), _dtype(rule, stored, dtype))
+    writer = TensorWriter(
+        {index: _written_names(inputs.model, layout, name) for index, name in names.items()}, spec
+    )
+    return _step(inputs, part, rule, weights, factors, writer, leaf_spec)
+
+
+def _weights(inputs: Inputs, rule: Rule, sizes: dict[str, int]) -> tuple[Weights, Rule, dict[str, int]]:
+    """How a rule's weights are read, with the rule and sizes in the form that reading needs."""
+    checkpoint, key = inputs.weights, inputs.weights_key
+    weights: Weights
+    if checkpoint.layout is None:
+        weights = LeafWeights(key, checkpoint.stored[rule.leaf])
+    else:
+        placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
+        names = dict(weight_names(rule, placeholders))
+        tensors = {index: (key, checkpoint.stored[name]) for index, name in names.items()}
+        shape = inputs.spec(next(iter(tensors.values()))).shape
+        rule = rule.flat
+        groups = (group[0] for group in rule.equation.right)
+        sizes = {**placeholders, **dict(zip(groups, shape, strict=True))}
+        weights = TensorWeights(tensors, sizes)
+    if inputs.base is not None:
+        # an adapter's modules_to_save stand in for the base's own
+        own = {
+            index: ("source", inputs.source.stored[name])
+            for index, name in weight_names(rule, sizes)
+            if name in inputs.source.stored
+        }
+        if own:
+            weights = ReplacedWeights(weights, own, sizes)
+    return weights, rule, sizes
+
+
+def _factors(
+    inputs: Inputs, rule: Rule, names: Mapping[Index, str], sizes: Mapping[str, int], scale: Scale | None
+) -> FactorReader | None:
+    if inputs.base is not None:
+        modules = {
+            index: (("source", module.a), ("source", module.b), module.scale)
+            for index, name in names.items()
+            if (module := inputs.source.modules.get(name)) is not None
+        }
+        return ModuleFactors(modules, sizes) if modules else None
+    if not inputs.source.has_lora(rule):
+        return None
+    return leaf_factors(inputs.source, rule, scale)
+
+
+def leaf_factors(checkpoint: Checkpoint, rule: Rule, scale: Scale | None) -> LeafFactors:
+    """How a leaf's factors are read, with the scale openpi's runtime gives their product."""
+    assert rule.factor_leaves is not None and rule.lora is not None
+    a, b = (checkpoint.stored[name] for name in rule.factor_leaves)
+    return LeafFactors("source", a, b, scale.value if rule.lora.scaled and scale is not None else 1.0)
+
+
+def adapter_output(
+    checkpoint: Checkpoint,
+    state: State,
+    layout: Layout,
+    dtype: str,
+    scales: Mapping[str, Scale],
+    *,
+    keep_alpha: bool = False,
+    rank: int | None = None,
+    base_name: str = "",
+    replaced: tuple[str, ...] = (),
+) -> Output:
+    """LoRA factors as an adapter set.
+
+    Args:
+        keep_alpha: write the factors as they are and the scale as alpha; else fold the scale
+            into ``lora_B``, so that alpha equals the rank everywhere.
+        rank: compress modules of a larger rank to this one.
+        base_name: written as ``base_model_name_or_path``.
+        replaced: weights (openpi's names) that the adapter carries whole, for ``modules_to_save``.
+    """
+    inputs = Inputs(checkpoint)
+    steps: list[Step] = []
+    targets: list[Target] = []
+    for part, rule in checkpoint.lora_rules():
+        sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
+        factors = leaf_factors(checkpoint, rule, scales.get(part.name))
+        leaf_spec = Spec(rule.equation.leaf_shape(sizes), inputs.spec(factors.reads[1]).dtype)
+        full = checkpoint.rank(part.name, rule) * kept_entries(rule, sizes)
+        held = full if rank is None else min(full, rank)
+        runtime = factors.scale if keep_alpha else 1.0
+        out, into = rule.equation.weight_shape(sizes)
+        written = leaf_spec.dtype if dtype == "keep" else WEIGHT_DTYPES[dtype]
+        pairs = {}
+        for index, name in weight_names(rule, sizes):
+            module = PREFIX + module_of(layout.rename(name))
+            pairs[index] = Pair(
+                module + A, module + B, Spec((held, into), written), Spec((out, held), written), runtime
+            )
+        writer = AdapterWriter(pairs, rank)
+        steps.append(_step(inputs, part, rule, None, factors, writer, leaf_spec))
+        template = replace(rule.template, text=layout.rename(rule.weight))
+        targets.append(Target(template, held, runtime * held))
+    modules = tuple(dict.fromkeys(module_of(layout.rename(name)) for name in replaced))
+    steps += _replaced_steps(inputs, layout, replaced)
+    config = compose_config(targets, base_name, modules)
+    specs = _collect(checkpoint.model, tuple(steps))
+    return Output(
+        state,
+        "",
+        layout,
+        dtype,
+        tuple(steps),
+        dict(sorted(specs.items())),
+        {},
+        {"format": "pt"},
+        {CONFIG: _json(config)},
+    )
+
+
+def _replaced_steps(inputs: Inputs, layout: Layout, replaced: tuple[str, ...]) -> Iterator[Step]:
+    """Steps that write whole weights into an adapter, under the names modules_to_save has."""
+    wanted = set(replaced)
+    for part in inputs.model.parts:
+        sizes = inputs.model.local_sizes(part.name, inputs.source.sizes)
+        for rule in part.rules:
+            names = {i: (PREFIX + layout.rename(n),) for i, n in weight_names(rule, sizes) if n in wanted}
+            if not names:
+                continue
+            weights = LeafWeights("source", inputs.source.stored[rule.leaf])
+            dtype = inputs.spec(weights.reads[0]).dtype
+            spec = Spec(rule.equation.weight_shape(sizes), dtype)
+            leaf_spec = Spec(rule.equation.leaf_shape(sizes), dtype)
+            yield _step(inputs, part, rule, weights, None, TensorWriter(names, spec), leaf_spec)
+
+
+def kept_entries(rule: Rule, sizes: Mapping[str, int]) -> int:
+    """How many blocks the factors of one weight have: the entries of axes that both keep."""
+    axes = factor_axes(rule.equation.one)
+    return math.prod(sizes[axis] for axis in axes.shared if axis in rule.equation.right[0])
+
+
+def shape_problems(inputs: Inputs) -> list[Problem]:
+    """Modules of an adapter whose factors do not fit the weights of the base."""
+    adapter, base = inputs.source, inputs.base
+    assert base is not None
+    misfits = []
+    for part in base.model.parts:
+        sizes = base.model.local_sizes(part.name, base.sizes)
+        for rule in part.rules:
+            placeholders = rule.equation.placeholders
+            if any(axis not in sizes for axis in placeholders):
+                continue
+            for _, name in weight_names(rule, {axis: sizes[axis] for axis in placeholders}):
+                shape = _weight_shape(base, rule, sizes, name)
+                found = _adapter_shape(adapter, name)
+                if found is not None and shape is not None and found != shape:
+                    misfits.append(f"{name} is {list(shape)} in the base, {list(found)} in the adapter")
+    known = {name for part in base.model.parts for rule in part.rules for name in _names(base, part, rule)}
+    misfits += [
+        f"{name} is not in the base" for name in (*adapter.modules, *adapter.stored) if name not in known
+    ]
+    if not misfits:
+        return []
+    return [
+        Problem(
+            f"{adapter.source.location} does not fit {base.source.location}: {len(misfits)} weights disagree: "
+            + "; ".join(misfits[:3]),
+            "give the base that the adapter was trained on with --base",
+        )
+    ]
+
+
+def _names(base: Checkpoint, part: Part, rule: Rule) -> Iterator[str]:
+    sizes = base.model.local_sizes(part.name, base.sizes)
+    return (
+        name for _, name in weight_names(rule, {axis: sizes[axis] for axis in rule.equation.placeholders})
+    )
+
+
+def _weight_shape(
+    base: Checkpoint, rule: Rule, sizes: Mapping[str, int], name: str
+) -> tuple[int, ...] | None:
+    if base.layout is not None:
+        return base.source.specs[base.stored[name]].shape if name in base.stored else None
+    return rule.equation.weight_shape(sizes)
+
+
+def _adapter_shape(adapter: Checkpoint, name: str) -> tuple[int, ...] | None:
+    if name in adapter.modules:
+        module = adapter.modules[name]
+        return adapter.source.specs[module.b].shape[0], adapter.source.specs[module.a].shape[1]
+    return adapter.source.specs[adapter.stored[name]].shape if name in adapter.stored else None
+
+
+def _step(
+    inputs: Inputs,
+    part: Part,
+    rule: Rule,
+    weights: Weights | None,
+    factors: FactorReader | None,
+    writer: Writer,
+    leaf_spec: Spec,
+) -> Step:
+    step = Step(rule, part.name, weights, factors, writer, leaf_spec, 0, 0)
+    stored = sum(inputs.sources[source].stored_bytes(name) for source, name in step.reads)
+    return replace(step, bytes_read=stored, memory=_memory(inputs, step))
+
+
+def _memory(inputs: Inputs, step: Step) -> int:
+    """Bytes that a step has in memory at its fullest."""
+    specs = [inputs.spec(read) for read in (step.factors.reads if step.factors else ())]
+    # a leaf's factors are read whole; a module's are read a pair at a time
+    factors = sum(s.nbytes for s in specs) if isinstance(step.factors, LeafFactors) else 0
+    one = max((spec.size for spec in step.specs.values()), default=0)
+    largest = max((spec.nbytes for spec in step.specs.values()), default=0)
+    if step.weights is None:
+        return factors + 6 * one * FLOAT32.itemsize
+    equation = step.rule.equation
+    source, name = step.weights.reads[0]
+    whole = inputs.spec((source, name)).nbytes
+    if not equation.streams:
+        return 2 * whole + 2 * largest
+    block = inputs.sources[source].buffered_bytes(name)
+    if not equation.placeholders:
+        return 3 * block + factors
+    held = block if isinstance(step.weights, LeafWeights) else whole
+    folded = 2 * one * FLOAT32.itemsize if step.factors is not None else 0
+    return held + factors + folded + 2 * largest
+
+
+def _dtype(rule: Rule, stored: np.dtype, dtype: str) -> np.dtype:
+    if dtype == "keep":
+        return stored
+    wanted = WEIGHT_DTYPES[dtype]
+    held = WEIGHT_DTYPES[rule.hold] if rule.hold is not None else wanted
+    return held if held.itemsize > wanted.itemsize else wanted
+
+
+def _written_names(model: Model, layout: Layout, name: str) -> tuple[str, ...]:
+    """The names a weight is written under: its own, and its aliases where the layout does not tie."""
+    aliases = () if layout.ties else tuple(alias for alias, of in model.tied.items() if of == name)
+    return tuple(dict.fromkeys(layout.rename(each) for each in (name, *aliases)))
+
+
+def _collect(model: Model, steps: tuple[Step, ...]) -> dict[str, Spec]:
+    """Every tensor that the steps write, each once."""
+    specs: dict[str, Spec] = {}
+    for step in steps:
+        for name, spec in step.specs.items():
+            if name in specs:
+                raise ValueError(f"model {model.name}: two rules write {name}")
+            specs[name] = spec
+    return specs
+
+
+def _json(value: Any) -> bytes:
+    import json
+
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,132 @@
+"""Routes: the least loss, then the fewest hops, and answers where there is none."""
+
+import itertools
+import re
+
+import pytest
+
+from bridge.converters import CONVERTERS, ORBAX_BASE, ORBAX_LORA, TARGETS, TORCH_MERGED
+from bridge.errors import RouteRefused
+from bridge.graph import Converter, Loss, State, mermaid, route
+
+A, B, C, D, E = (State(name, "all", name) for name in "abcde")
+
+
+def edge(source: State, target: State, loss: Loss = Loss.EXACT, name: str = "", **more: object) -> Converter:
+    return Converter(name or f"{source.name}{target.name}", source, target, loss, "", **more)  # type: ignore[arg-type]
+
+
+def names(edges: list[Converter], source: State, target: str, given: tuple[str, ...] = ()) -> list[str]:
+    return [converter.name for converter in route(edges, source, target, given)]
+
+
+def test_a_longer_route_that_loses_less_wins() -> None:
+    edges = [edge(A, D, Loss.ROUND), edge(A, B), edge(B, C, Loss.GAUGE), edge(C, D)]
+    assert names(edges, A, "d") == ["ab", "bc", "cd"]
+
+
+def test_the_worst_edge_counts_and_not_the_sum() -> None:
+    edges = [edge(A, D, Loss.ROUND), *(edge(*p, Loss.GAUGE) for p in ((A, B), (B, C), (C, D)))]
+    assert names(edges, A, "d") == ["ab", "bc", "cd"]
+
+
+def test_fewest_hops_among_equal_losses() -> None:
+    edges = [edge(A, B), edge(B, D, Loss.DROP), edge(A, D, Loss.DROP)]
+    assert names(edges, A, "d") == ["ad"]
+
+
+def test_ties_go_to_the_first_declared() -> None:
+    edges = [edge(A, B, name="one"), edge(A, B, name="two")]
+    assert names(edges, A, "b") == ["one"] and names(edges[::-1], A, "b") == ["two"]
+
+
+def test_a_cycle_ends() -> None:
+    edges = [edge(A, B), edge(B, A), edge(B, C)]
+    assert names(edges, A, "c") == ["ab", "bc"]
+    assert names(edges, A, "a") == ["ab", "ba"]  # asked for by name, it is a conversion
+
+
+def test_states_of_one_name_are_different_nodes() -> None:
+    base, lora = State("orbax", "base", "orbax"), State("orbax", "base+lora", "orbax")
+    edges = [edge(base, B), edge(lora, C)]
+    assert names(edges, base, "b") == ["orbaxb"]
+    with pytest.raises(RouteRefused, match=re.escape("no route from orbax[base+lora] to b")):
+        route(edges, lora, "b")
+
+
+def test_what_is_needed_is_the_answer() -> None:
+    peft = State("peft-adapter", "lora", "peft")
+    edges = [edge(peft, TORCH_MERGED, Loss.DROP, "merge", needs=frozenset({"base"}))]
+    with pytest.raises(RouteRefused) as refused:
+        route(edges, peft, "torch-merged")
+    (problem,) = refused.value.problems
+    assert problem.cause == "no route from peft-adapter[lora] to torch-merged without a base"
+    assert problem.fix == "add --base PATH"
+    assert names(edges, peft, "torch-merged", ("base",)) == ["merge"]
+
+
+def test_a_route_without_the_need_is_taken_when_it_is_not_given() -> None:
+    edges = [edge(A, B, needs=frozenset({"base"})), edge(A, C, Loss.DROP), edge(C, B)]
+    assert names(edges, A, "b") == ["ac", "cb"]
+    assert names(edges, A, "b", ("base",)) == ["ab"]
+
+
+def test_a_last_edge_is_never_interior() -> None:
+    edges = [edge(A, B, last=True), edge(B, C)]
+    assert names(edges, A, "b") == ["ab"]
+    with pytest.raises(RouteRefused) as refused:
+        route(edges, A, "c")
+    assert refused.value.problems[0].fix == "from a[all] bridge converts to b"
+
+
+def test_a_last_edge_does_not_hide_another_way_through_its_target() -> None:
+    edges = [edge(A, B, last=True), edge(A, C, Loss.DROP), edge(C, B), edge(B, D)]
+    assert names(edges, A, "d") == ["ac", "cb", "bd"]
+
+
+def test_nothing_leads_out() -> None:
+    with pytest.raises(RouteRefused) as refused:
+        route([edge(A, B)], B, "a")
+    assert refused.value.problems[0].fix == "nothing leads out of it"
+
+
+def test_a_checkpoint_with_lora_has_no_plain_export() -> None:
+    """openpi #958: factors that an export leaves behind unnoticed."""
+    out = [converter for converter in CONVERTERS if converter.source == ORBAX_LORA]
+    assert out and all(converter.loss is not Loss.EXACT for converter in out)
+    assert all(c.fold for c in out if c.target == TORCH_MERGED)
+    # what leaves factors out is only taken when it is the thing asked for
+    assert all(c.fold or c.last or "lora" in c.target.holds for c in out)
+    assert [c.name for c in route(CONVERTERS, ORBAX_LORA, "torch-merged")] == ["fold"]
+    assert [c.name for c in route(CONVERTERS, ORBAX_BASE, "torch-merged")] == ["export"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", [ORBAX_BASE, ORBAX_LORA])
+def test_every_pair_has_a_route_or_an_answer(source: State, target: str) -> None:
+    try:
+        way = route(CONVERTERS, source, target)
+    except RouteRefused as refused:
+        assert all(problem.fix for problem in refused.problems)
+    else:
+        assert way[0].source == source and way[-1].target.name == target
+        assert all(one.target == two.source for one, two in itertools.pairwise(way))
+
+
+def test_mermaid() -> None:
+    text = mermaid([edge(ORBAX_LORA, A, Loss.GAUGE, "join", needs=frozenset({"base"})), edge(A, ORBAX_BASE)])
+    assert text.splitlines() == [
+        "flowchart LR",
+        '    orbax_base_lora["orbax[base+lora]"]',
+        '    a_all["a[all]"]',
+        '    orbax_base["orbax[base]"]',
+        '    orbax_base_lora -- "join + base: gauge" --> a_all',
+        '    a_all -- "aorbax: exact" --> orbax_base',
+    ]
+
+
+def test_mermaid_of_the_real_graph_names_every_state_once() -> None:
+    lines = mermaid(CONVERTERS).splitlines()
+    ids = [line.split("[")[0].strip() for line in lines if '["' in line]
+    assert len(ids) == len(set(ids)) and all(re.fullmatch(r"\w+", one) for one in ids)
+    assert sum("-->" in line for line in lines) == len(CONVERTERS)
