@@ -9,14 +9,16 @@ FOLDERS := bridge adapters cli
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 PINS := pyproject.toml constraints.txt
+OLD_ORBAX := .venv-old-orbax
+OLD_PINS := tests/orbax_0_11_13.txt
 CHECK := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bridge needs Python 3.11 or newer; " + sys.executable + " is " + str(v[0]) + "." + str(v[1]) + ". Name another: make PYTHON=python3.12 ...")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test lint types format clean old-orbax
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(TESTABLE) ## make .venv with bridge, editable, and all that the tests need
 
@@ -25,6 +27,8 @@ demo: $(INSTALLED) ## the whole tour on the small checkpoint that ships with bri
 
 test: $(TESTABLE) ## run the tests; PYTEST_ARGS="-k name" picks
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+old-orbax: $(OLD_ORBAX)/.installed ## make .venv-old-orbax with openpi's pinned Orbax, for the tests that restore with it
 
 lint: $(TESTABLE) ## check style and formatting
 	$(VENV)/bin/ruff check .
@@ -38,7 +42,7 @@ format: $(TESTABLE) ## mend style and formatting
 	$(VENV)/bin/ruff format .
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_ORBAX) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(FOLDERS) tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # An unusable .venv (interrupted, or of an older Python) is made anew. setuptools comes first, pinned like
@@ -52,6 +56,11 @@ define install
 	$(PIP) install -qq --constraint constraints.txt setuptools wheel
 	$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '$(1)'
 endef
+
+$(OLD_ORBAX)/.installed: $(OLD_PINS)
+	$(PYTHON) -m venv --clear $(OLD_ORBAX)
+	$(OLD_ORBAX)/bin/python -m pip --disable-pip-version-check install -qq --requirement $(OLD_PINS)
+	@touch $@
 
 $(INSTALLED): $(PINS)
 	$(call install,.)

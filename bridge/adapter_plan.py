@@ -55,7 +55,7 @@ def adapter_outputs(
         dtype,
         scales,
         keep_alpha=options.keep_alpha,
-        rank=options.rank,
+        rank=options.compress_to,
         base_name=base_name,
         replaced=replaced,
     )
@@ -73,7 +73,7 @@ def adapter_outputs(
             "LeRobot needs base_model_name_or_path, and it is empty: give --base-name, or --with-base"
         )
     notes += _rank_notes(adapter)
-    if options.rank is not None:
+    if options.compress_to is not None:
         notes += _compression_notes(inputs, adapter)
     outputs = (
         adapter.with_files({"README.md": model_card(inputs.source, adapter, scales, options)}),

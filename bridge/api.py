@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bridge import converters
 from bridge.checkpoint import open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats import Source
 from bridge.formats.location import Location
-from bridge.planner import plan
+from bridge.planner import Plan, plan
 from bridge.runner import Progress, Result, run, run_steps
 from bridge.specs import BFLOAT16, Spec
+from bridge.tree import ROOT
 
 if TYPE_CHECKING:
     import torch
@@ -67,30 +69,33 @@ def open(path: str | Path, format: str | None = None) -> Iterator[Opened]:
     yield Opened(open_source(Location.parse(path), format))
 
 
-def load_jax(path: str | Path) -> dict[str, Any]:
+def load_jax(path: str | Path, **options: Any) -> dict[str, Any]:
     """The pure dict of jax arrays that openpi's ``restore_params`` gives (models/model.py).
 
+    A JAX checkpoint is read as it is; others are converted in memory, with the options of
+    :func:`bridge.plan` (``base``, ``rank``, ``lora_alpha``, ``fold``, ``dtype``).
+
     Raises:
-        CheckpointRefused: the source is not a JAX pytree.
+        Refusal: as for a conversion; or options are given for a JAX checkpoint.
     """
     import jax.numpy as jnp
 
     source = open_source(Location.parse(path))
     checkpoint = understand(source)
-    refuse_if(checkpoint.problems, CheckpointRefused)
-    if checkpoint.layout is not None:
-        raise RouteRefused(
-            Problem(
-                f"{source.location} is {checkpoint.state}, not a JAX pytree", "read it with bridge.load_torch"
-            )
-        )
+    if source.format == converters.ORBAX_BASE.format:
+        refuse_if(checkpoint.problems, CheckpointRefused)
+        _no_options(source, options)
+        leaves = {leaf: source.read(stored) for leaf, stored in checkpoint.stored.items()}
+    else:
+        arrays = _in_memory(plan(path, None, to=converters.ORBAX_BASE.name, **options))
+        leaves = {name.removeprefix(ROOT): array for name, array in arrays.items()}
     tree: dict[str, Any] = {}
-    for leaf, stored in checkpoint.stored.items():
+    for leaf, array in leaves.items():
         *parents, last = leaf.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = jnp.asarray(source.read(stored))
+        node[last] = jnp.asarray(array)
     return tree
 
 
@@ -106,21 +111,30 @@ def load_torch(path: str | Path, **options: Any) -> dict[str, torch.Tensor]:
     """
     source = open_source(Location.parse(path))
     if source.format == "torch":
-        if options:
-            raise RouteRefused(
-                Problem(
-                    f"{source.location} holds PyTorch weights, which are read as they are",
-                    f"leave out {', '.join(options)}",
-                )
-            )
+        _no_options(source, options)
         state = {name: _tensor(source.read(name)) for name in source.specs}
         return state | {alias: state[name] for alias, name in source.metadata.items() if _named(name, state)}
     planned = plan(path, None, to="torch-merged", **options)
-    memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
-    run_steps(planned, planned.output, memory, lambda count: None)
-    state = {name: _tensor(array) for name, array in memory.arrays.items()}
+    state = {name: _tensor(array) for name, array in _in_memory(planned).items()}
     state |= {alias: state[name] for alias, name in planned.output.header.items() if name in state}
     return state
+
+
+def _no_options(source: Source, options: Mapping[str, Any]) -> None:
+    if options:
+        raise RouteRefused(
+            Problem(
+                f"{source.location} is in the form asked for, and is read as it is",
+                f"leave out {', '.join(options)}",
+            )
+        )
+
+
+def _in_memory(planned: Plan) -> dict[str, np.ndarray]:
+    """Carry out a plan without a destination."""
+    memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
+    run_steps(planned, planned.output, memory, lambda count: None)
+    return memory.arrays
 
 
 def _named(name: object, state: Mapping[str, object]) -> bool:

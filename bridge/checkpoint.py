@@ -161,11 +161,21 @@ def _from_weights(source: Source) -> Checkpoint:
     if fit is None or fit.layout is None:
         raise unknown(source, source.specs)
     problems = _fit_problems(source, fit, "tensor") + _dtype_problems(source)
-    places = place_weights(fit.model, fit.layout, source.specs)
+    # a tied weight may be stored under its alias, or under both names
+    renamed: dict[str, str] = {}
     stored: dict[str, str] = {}
+    for alias, of in fit.model.tied.items():
+        name, kept = fit.layout.rename(alias), fit.layout.rename(of)
+        if name in source.specs and name != kept:
+            if kept in source.specs:
+                stored[alias] = name
+            else:
+                renamed[kept] = name
+    places = place_weights(fit.model, fit.layout, (*source.specs, *renamed))
     seen: list[Seen] = []
     counts: dict[tuple[str, str], set[int]] = {}
-    for name, place in places.items():
+    for effective, place in places.items():
+        name = renamed.get(effective, effective)
         stored[place.rule.template.format(place.at)] = name
         groups = place.rule.equation.right
         shape = source.specs[name].shape
@@ -192,15 +202,20 @@ def _from_weights(source: Source) -> Checkpoint:
 def _solve_weights(source: Source, fit: Fit, seen: list[Seen]) -> tuple[dict[str, int], list[Problem]]:
     """Sizes from tensors, and what they leave open (heads) from a config or the stock models."""
     model, config = fit.model, source.metadata.get("config.json")
-    alone, problems = solve(seen, model)
+    sizes, problems = solve(seen, model)
     told = fit.adapter.known_sizes(config) if fit.adapter.known_sizes and isinstance(config, dict) else {}
+    axes = {
+        model.qualified(part.name, a) for part in model.parts for r in part.rules for a in r.equation.left
+    }
+    carried: dict[str, int] = {}
     for known in (_recorded_sizes(source), told, model.stock):
-        open_axes = {model.canonical.get(axis, axis): size for axis, size in known.items()}
-        more = {axis: size for axis, size in open_axes.items() if axis not in alone}
-        sizes, trouble = solve(seen, model, more)
+        named = {model.canonical.get(axis, axis): size for axis, size in known.items()}
+        more = carried | {axis: size for axis, size in named.items() if axis in axes - sizes.keys()}
+        found, trouble = solve(seen, model, more)
+        # what contradicts the tensors is not theirs: a config of another model, no stock one
         if not trouble and not problems:
-            alone = sizes
-    return alone, problems
+            sizes, carried = found, more
+    return sizes, problems
 
 
 def _recorded_sizes(source: Source) -> dict[str, int]:

@@ -19,6 +19,9 @@ CONVERTERS = (
     Converter(
         "strip", ORBAX_LORA, TORCH_BASE, Loss.DROP, "leave LoRA out: the base of an adapter", last=True
     ),
+    Converter("import", TORCH_MERGED, ORBAX_BASE, Loss.EXACT, "stack, transpose, reshape"),
+    Converter("import", TORCH_BASE, ORBAX_BASE, Loss.EXACT, "stack, transpose, reshape"),
+    Converter("join", PEFT, ORBAX_LORA, Loss.GAUGE, "an adapter beside its base, unmerged", needs=_BASE),
     Converter("merge", PEFT, TORCH_MERGED, Loss.DROP, "sum an adapter into its base", fold=True, needs=_BASE),
 )
 

@@ -60,7 +60,13 @@ class Converter:
 Route = tuple[Converter, ...]
 
 
-def route(converters: Iterable[Converter], source: State, target: str, given: Collection[str] = ()) -> Route:
+def route(
+    converters: Iterable[Converter],
+    source: State,
+    target: str,
+    given: Collection[str] = (),
+    holds: str | None = None,
+) -> Route:
     """The route with the least worst loss, then the fewest hops (Dijkstra).
 
     Args:
@@ -68,15 +74,16 @@ def route(converters: Iterable[Converter], source: State, target: str, given: Co
         source: the state the source is in.
         target: the name of the format asked for.
         given: inputs beside the source that the user gave (``"base"``).
+        holds: what the target must hold, where its format can hold several things.
 
     Raises:
         RouteRefused: there is none; the fix says what would open one.
     """
     edges = tuple(converters)
-    found = _dijkstra([edge for edge in edges if edge.needs <= set(given)], source, target)
+    found = _dijkstra([edge for edge in edges if edge.needs <= set(given)], source, target, holds)
     if found is not None:
         return found
-    wanting = _dijkstra(edges, source, target)
+    wanting = _dijkstra(edges, source, target, holds)
     if wanting is not None:
         needs = sorted(frozenset().union(*(edge.needs for edge in wanting)) - set(given))
         raise RouteRefused(
@@ -85,7 +92,9 @@ def route(converters: Iterable[Converter], source: State, target: str, given: Co
                 "add " + " ".join(f"--{need} PATH" for need in needs),
             )
         )
-    reachable = sorted({edge.target.name for edge in edges if _dijkstra(edges, source, edge.target.name)})
+    reachable = sorted(
+        {edge.target.name for edge in edges if _dijkstra(edges, source, edge.target.name, None)}
+    )
     raise RouteRefused(
         Problem(
             f"no route from {source} to {target}",
@@ -96,14 +105,14 @@ def route(converters: Iterable[Converter], source: State, target: str, given: Co
     )
 
 
-def _dijkstra(edges: Collection[Converter], source: State, target: str) -> Route | None:
+def _dijkstra(edges: Collection[Converter], source: State, target: str, holds: str | None) -> Route | None:
     # the number breaks ties by the order of declaration, and keeps routes out of comparisons
     queue: list[tuple[Loss, int, int, State, Route]] = [(Loss.EXACT, 0, 0, source, ())]
     done: set[State] = set()
     number = 0
     while queue:
         loss, hops, _, state, path = heapq.heappop(queue)
-        if path and state.name == target:
+        if path and state.name == target and holds in (None, state.holds):
             return path
         if state in done or (path and path[-1].last):
             continue

@@ -150,6 +150,84 @@ def join(
     return a, b
 
 
+def blocks_of(
+    equation: Equation, lora_A: np.ndarray, lora_B: np.ndarray, sizes: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Undo :func:`split`: factors of rank R / kept, if ``lora_B`` is block diagonal.
+
+    Returns:
+        (…shared, inner, rank), (…shared, rank, outer), and the largest number off the diagonal
+        over the largest on it: 0 when the two are exactly what `split` makes. None when the rank
+        is no multiple of the number of blocks.
+    """
+    axes = factor_axes(equation)
+    output, inputs = equation.right
+    kept = tuple(axis for axis in axes.shared if axis in output)
+    count = math.prod(sizes[axis] for axis in kept)
+    if lora_A.shape[0] % count:
+        return None
+    rank = lora_A.shape[0] // count
+    entries = [sizes[axis] for axis in kept]
+
+    spread_a = lora_A.reshape(*entries, rank, *(sizes[axis] for axis in inputs))
+    named = (*kept, _RANK, *inputs)
+    a = spread_a.transpose([named.index(axis) for axis in (*axes.shared, axes.inner, _RANK)])
+
+    full = lora_B.reshape(*(sizes[axis] for axis in output), *entries, rank)
+    b = np.zeros([*(sizes[axis] for axis in axes.shared), rank, sizes[axes.outer]], lora_B.dtype)
+    rest = np.abs(full)
+    largest = float(rest.max(initial=0))
+    for at in np.ndindex(*entries):
+        entry = dict(zip(kept, at, strict=True))
+        rows = tuple(entry.get(axis, slice(None)) for axis in output)
+        b[tuple(entry.get(axis, 0) for axis in axes.shared)] = full[(*rows, *at)].T
+        rest[(*rows, *at)] = 0
+    return a, b, float(rest.max(initial=0)) / largest if largest else 0.0
+
+
+def reduce(
+    equation: Equation, lora_a: np.ndarray, lora_b: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best factors of a smaller rank in the leaf's own form, and their relative error.
+
+    Where an axis is kept, each entry (each head of q) has a product of its own and is reduced on
+    its own; where one is summed, the weight is one product.
+    """
+    axes = factor_axes(equation)
+    if axes.summed:
+        matrix_a, matrix_b = split(equation, lora_a, lora_b)
+        small_a, small_b, error = compress(matrix_a, matrix_b, rank)
+        sizes = dict(zip((*axes.shared, axes.inner), lora_a.shape[:-1], strict=True))
+        sizes[axes.outer] = lora_b.shape[-1]
+        return *join(equation, small_a, small_b, sizes), error
+    a = np.empty((*lora_a.shape[:-1], rank), lora_a.dtype)
+    b = np.empty((*lora_b.shape[:-2], rank, lora_b.shape[-1]), lora_b.dtype)
+    lost = total = 0.0
+    for at in np.ndindex(*lora_a.shape[:-2]):
+        small_a, small_b, error = compress(lora_a[at].T, lora_b[at].T, rank)
+        a[at], b[at] = pad(small_a.T, rank, axis=1), pad(small_b.T, rank, axis=0)
+        weight = float(np.linalg.norm(_triangles(lora_a[at].T, lora_b[at].T)))
+        lost, total = lost + (error * weight) ** 2, total + weight**2
+    return a, b, math.sqrt(lost / total) if total else 0.0
+
+
+def pad(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
+    """``array`` with zeros added at the end of an axis, up to ``rank``."""
+    if array.shape[axis] == rank:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, rank - array.shape[axis])
+    return np.pad(array, widths)
+
+
+def _triangles(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
+    """A small matrix with the singular values of ``lora_B @ lora_A``."""
+    r_b: np.ndarray = np.linalg.qr(lora_B.astype(np.float64), mode="r")  # type: ignore[assignment]
+    r_a: np.ndarray = np.linalg.qr(lora_A.T.astype(np.float64), mode="r")  # type: ignore[assignment]
+    product: np.ndarray = r_b @ r_a.T
+    return product
+
+
 def compress(lora_A: np.ndarray, lora_B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The best approximation of ``lora_B @ lora_A`` of a smaller rank, and its relative error.
 

@@ -16,7 +16,7 @@ from bridge.errors import Problem
 from bridge.formats import Source
 from bridge.formats.peft import CONFIG
 from bridge.graph import State
-from bridge.lora import factor_axes
+from bridge.lora import factor_axes, factor_shapes
 from bridge.model import Layout, Model, Part
 from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
 from bridge.pieces import (
@@ -33,7 +33,8 @@ from bridge.rule import Rule
 from bridge.scales import Scale
 from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec
 from bridge.step import Step
-from bridge.writers import AdapterWriter, Pair, TensorWriter, Writer
+from bridge.tree import ROOT, SUFFIX
+from bridge.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _tensor_step(
     fold: bool,
 ) -> Step:
     sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
-    weights, rule, sizes = _weights(inputs, rule, sizes)
+    weights, rule, sizes = _weights(inputs, rule, sizes, flat=True)
     names = dict(weight_names(rule, sizes))
     factors = _factors(inputs, rule, names, sizes, scale) if fold else None
     stored = inputs.spec(weights.reads[0]).dtype
@@ -147,8 +148,13 @@ def _tensor_step(
     return _step(inputs, part, rule, weights, factors, writer, leaf_spec)
 
 
-def _weights(inputs: Inputs, rule: Rule, sizes: dict[str, int]) -> tuple[Weights, Rule, dict[str, int]]:
-    """How a rule's weights are read, with the rule and sizes in the form that reading needs."""
+def _weights(
+    inputs: Inputs, rule: Rule, sizes: dict[str, int], *, flat: bool
+) -> tuple[Weights, Rule, dict[str, int]]:
+    """How a rule's weights are read, with the rule and sizes in the form that reading needs.
+
+    ``flat`` reads tensors without taking their rows apart, which needs no more than their shapes.
+    """
     checkpoint, key = inputs.weights, inputs.weights_key
     weights: Weights
     if checkpoint.layout is None:
@@ -157,11 +163,18 @@ def _weights(inputs: Inputs, rule: Rule, sizes: dict[str, int]) -> tuple[Weights
         placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
         names = dict(weight_names(rule, placeholders))
         tensors = {index: (key, checkpoint.stored[name]) for index, name in names.items()}
-        shape = inputs.spec(next(iter(tensors.values()))).shape
-        rule = rule.flat
-        groups = (group[0] for group in rule.equation.right)
-        sizes = {**placeholders, **dict(zip(groups, shape, strict=True))}
-        weights = TensorWeights(tensors, sizes)
+        if flat:
+            shape = inputs.spec(next(iter(tensors.values()))).shape
+            rule = rule.flat
+            groups = (group[0] for group in rule.equation.right)
+            sizes = {**placeholders, **dict(zip(groups, shape, strict=True))}
+        twins = {
+            index: (key, checkpoint.stored[alias])
+            for index, name in names.items()
+            for alias, of in inputs.model.tied.items()
+            if of == name and alias in checkpoint.stored
+        }
+        weights = TensorWeights(tensors, sizes, twins)
     if inputs.base is not None:
         # an adapter's modules_to_save stand in for the base's own
         own = {
@@ -187,6 +200,81 @@ def _factors(
     if not inputs.source.has_lora(rule):
         return None
     return leaf_factors(inputs.source, rule, scale)
+
+
+def leaf_output(
+    inputs: Inputs,
+    state: State,
+    dtype: str,
+    *,
+    fold: bool,
+    value_suffix: bool,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, Scale],
+    lossy: bool,
+) -> Output:
+    """A JAX pytree as openpi restores it, with LoRA leaves where an adapter is joined.
+
+    Args:
+        fold: sum the adapter's factors into the weights, and write no LoRA leaves.
+        value_suffix: end leaf paths in ``value``, as training saves them.
+        ranks: rank of the LoRA leaves by part; parts without one get none.
+        scales: what openpi's runtime will multiply each part's products by.
+        lossy: approximate factors that do not fit their part's rank.
+    """
+    steps = []
+    for part in inputs.model.parts:
+        sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
+        for rule in part.rules:
+            weights, _, _ = _weights(inputs, rule, sizes, flat=False)
+            names = dict(weight_names(rule, sizes))
+            factors = _factors(inputs, rule, names, sizes, None) if inputs.base is not None else None
+            stored = inputs.spec(weights.reads[0]).dtype
+            spec = Spec(rule.equation.leaf_shape(sizes), _dtype(rule, stored, dtype))
+            writer = LeafWriter(_leaf_name(rule.leaf, value_suffix), spec)
+            leaf_spec = Spec(spec.shape, stored)
+            steps.append(_step(inputs, part, rule, weights, factors if fold else None, writer, leaf_spec))
+            if fold or rule.lora is None or part.name not in ranks:
+                continue
+            if factors is None:
+                factors = ModuleFactors({}, sizes)
+            steps.append(
+                _factor_step(
+                    inputs, part, rule, factors, spec.shape, sizes, dtype, value_suffix, ranks, scales, lossy
+                )
+            )
+    specs = _collect(inputs.model, tuple(steps))
+    return Output(
+        state, "", inputs.model.layouts[0], dtype, tuple(steps), dict(sorted(specs.items())), {}, {}
+    )
+
+
+def _factor_step(
+    inputs: Inputs,
+    part: Part,
+    rule: Rule,
+    factors: FactorReader,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    dtype: str,
+    value_suffix: bool,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, Scale],
+    lossy: bool,
+) -> Step:
+    assert rule.lora is not None and rule.factor_leaves is not None
+    shape_a, shape_b = factor_shapes(shape, ranks[part.name])
+    # openpi keeps factors in float32; an adapter's own dtype is kept where it is one
+    held = inputs.spec(factors.reads[0]).dtype if factors.reads else FLOAT32
+    written = held if dtype == "keep" else WEIGHT_DTYPES[dtype]
+    a, b = (_leaf_name(leaf, value_suffix) for leaf in rule.factor_leaves)
+    runtime = scales[part.name].value if rule.lora.scaled else 1.0
+    writer = FactorWriter(a, b, Spec(shape_a, written), Spec(shape_b, written), sizes, runtime, lossy)
+    return _step(inputs, part, rule, None, factors, writer, Spec(shape, held))
+
+
+def _leaf_name(leaf: str, value_suffix: bool) -> str:
+    return ROOT + leaf + (SUFFIX if value_suffix else "")
 
 
 def leaf_factors(checkpoint: Checkpoint, rule: Rule, scale: Scale | None) -> LeafFactors:
@@ -305,6 +393,28 @@ def shape_problems(inputs: Inputs) -> list[Problem]:
             f"{adapter.source.location} does not fit {base.source.location}: {len(misfits)} weights disagree: "
             + "; ".join(misfits[:3]),
             "give the base that the adapter was trained on with --base",
+        )
+    ]
+
+
+def size_problems(inputs: Inputs) -> list[Problem]:
+    """Sizes that a JAX pytree needs and PyTorch weights alone do not tell."""
+    model, sizes = inputs.model, inputs.weights.sizes
+    unknown = sorted(
+        {
+            model.qualified(part.name, axis)
+            for part in model.parts
+            for rule in part.rules
+            for axis in rule.equation.left
+            if axis.isidentifier() and model.qualified(part.name, axis) not in sizes
+        }
+    )
+    if not unknown or inputs.weights.problems:
+        return []
+    return [
+        Problem(
+            f"{inputs.weights.source.location}: its tensors do not tell {', '.join(unknown)}",
+            "put the config.json of the model beside them (num_attention_heads, head_dim)",
         )
     ]
 

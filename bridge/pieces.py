@@ -53,6 +53,17 @@ class Factors:
     scale: float
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """LoRA factors of one weight as PEFT holds them, and the scale of their product."""
+
+    a: np.ndarray
+    """(rank, in)"""
+    b: np.ndarray
+    """(out, rank)"""
+    scale: float
+
+
 @dataclass
 class Done:
     """What a step found while it ran."""
@@ -101,10 +112,12 @@ class TensorWeights:
 
     tensors: Mapping[Index, Read]
     sizes: Mapping[str, int]
+    twins: Mapping[Index, Read] = field(default_factory=dict)
+    """Tensors that must equal these: a tied weight that was stored under both its names."""
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        return tuple(self.tensors.values())
+        return (*self.tensors.values(), *self.twins.values())
 
     def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
         equation = rule.equation
@@ -122,6 +135,21 @@ class TensorWeights:
                 if tick is not None:
                     tick(rows.nbytes)
             done.read[read] = digest.hexdigest()
+        for index, twin in self.twins.items():
+            digest = xxhash.xxh3_128()
+            for _, rows in sources[twin[0]].blocks(twin[1]):
+                digest.update(raw(rows))
+                if tick is not None:
+                    tick(rows.nbytes)
+            done.read[twin] = digest.hexdigest()
+            if done.read[twin] != done.read[self.tensors[index]]:
+                done.problems.append(
+                    Problem(
+                        f"{sources[twin[0]].location}: {twin[1]} and {self.tensors[index][1]} are one tensor in "
+                        "openpi, and differ here",
+                        "training untied them: save the checkpoint with the one that is used under both names",
+                    )
+                )
 
 
 @dataclass(frozen=True)
@@ -194,13 +222,20 @@ class ModuleFactors:
         """Read nothing yet; the result reads the factors of one weight, or gives None."""
 
         def at(index: Index) -> Factors | None:
-            if index not in self.modules:
+            found = self.matrices(index, sources, done, tick)
+            if found is None:
                 return None
-            a, b, scale = self.modules[index]
-            matrix_a, matrix_b = (whole(sources[read[0]], read, done, tick) for read in (a, b))
-            return Factors(*join(rule.equation.one, matrix_a, matrix_b, self.sizes), scale)
+            return Factors(*join(rule.equation.one, found.a, found.b, self.sizes), found.scale)
 
         return at
+
+    def matrices(self, index: Index, sources: Sources, done: Done, tick: Tick | None) -> Matrices | None:
+        """Read the factors of one weight as they are, or give None where it has none."""
+        if index not in self.modules:
+            return None
+        a, b, scale = self.modules[index]
+        matrix_a, matrix_b = (whole(sources[read[0]], read, done, tick) for read in (a, b))
+        return Matrices(matrix_a, matrix_b, scale)
 
 
 Weights = LeafWeights | TensorWeights | ReplacedWeights

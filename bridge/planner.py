@@ -18,8 +18,8 @@ from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, Ro
 from bridge.formats.location import Location
 from bridge.graph import Loss, Route, State, route
 from bridge.model import Facts, Layout
-from bridge.outputs import Inputs, Output, shape_problems, tensor_output
-from bridge.publish import check_destination, check_space
+from bridge.outputs import Inputs, Output, leaf_output, shape_problems, size_problems, tensor_output
+from bridge.publish import check_apart, check_destination, check_space
 from bridge.scales import Scale, scales
 from bridge.specs import BFLOAT16, FLOAT32, WEIGHT_DTYPES, Spec
 from bridge.step import Step
@@ -43,10 +43,18 @@ class Options:
     layout: str = "openpi"
     action_horizon: int | None = None
     keep_alpha: bool = False
-    rank: int | None = None
+    rank: int | Mapping[str, int] | None = None
     with_base: bool = False
     base_name: str | None = None
     modules_to_save: bool = False
+    fold: bool = False
+    value_suffix: bool = False
+    lossy: bool = False
+
+    @property
+    def compress_to(self) -> int | None:
+        """The rank every module of an adapter is compressed to, if it is."""
+        return self.rank if isinstance(self.rank, int) else None
 
 
 @dataclass(frozen=True)
@@ -155,10 +163,13 @@ def plan(
     layout: str = "openpi",
     action_horizon: int | None = None,
     keep_alpha: bool = False,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     with_base: bool = False,
     base_name: str | None = None,
     modules_to_save: bool = False,
+    fold: bool = False,
+    value_suffix: bool = False,
+    lossy: bool = False,
     overwrite: bool = False,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -180,10 +191,14 @@ def plan(
         layout: names of the weights: ``openpi``, ``lerobot`` or ``transformers``.
         action_horizon: length of an action chunk, for ``config.json``; no weight tells it.
         keep_alpha: write an adapter's factors as they are and the scale as alpha.
-        rank: compress an adapter's modules to this rank, by SVD (reads the factors).
+        rank: to an adapter, the rank its modules are compressed to, by SVD (reads the factors); to
+            ``orbax``, the rank of the LoRA leaves, for all experts or by name.
         with_base: write the base an adapter applies to into ``dst/base``.
         base_name: an adapter's ``base_model_name_or_path``.
         modules_to_save: put the weights that differ from ``base`` into the adapter.
+        fold: to ``orbax``, sum the adapter into the weights instead of writing LoRA leaves.
+        value_suffix: end leaf paths in ``value``, as openpi's training saves them.
+        lossy: approximate, by SVD, an adapter's factors that do not fit openpi's rank.
         overwrite: replace an output that bridge has written.
         workers: steps at once.
         progress: called while ``base`` is compared.
@@ -191,7 +206,10 @@ def plan(
     Raises:
         Refusal: with every problem found.
     """
-    options = Options(dtype, layout, action_horizon, keep_alpha, rank, with_base, base_name, modules_to_save)
+    options = Options(
+        dtype, layout, action_horizon, keep_alpha, rank, with_base, base_name, modules_to_save,
+        fold, value_suffix, lossy,
+    )  # fmt: skip
     destination = None if dst is None else Path(dst).expanduser().absolute()
     source = open_source(Location.parse(src), from_)
     checkpoint = understand(source)
@@ -200,7 +218,13 @@ def plan(
         problems += check_destination(destination, source.root.local, overwrite=overwrite)
 
     try:
-        way = route(converters.CONVERTERS, checkpoint.state, to, {"base"} if base is not None else ())
+        way = route(
+            converters.CONVERTERS,
+            checkpoint.state,
+            to,
+            {"base"} if base is not None else (),
+            converters.ORBAX_BASE.holds if fold and to == converters.ORBAX_BASE.name else None,
+        )
     except RouteRefused as refused:
         # a checkpoint that lost its factors has no route: what it lost must be said as well
         kind = CheckpointRefused if checkpoint.problems else RouteRefused
@@ -211,18 +235,27 @@ def plan(
     if reference is not None:
         problems += reference.problems
         if destination is not None:
-            problems += check_destination(destination, reference.source.root.local, overwrite=True)
+            problems += check_apart(destination, reference.source.root.local)
     problems += _option_problems(options, target, base)
     if inputs.base is not None and not problems:
         problems += shape_problems(inputs)
 
-    fold = any(edge.fold for edge in way)
+    folds = any(edge.fold for edge in way)
     given = _alphas(lora_alpha)
     alphas: dict[str, Scale] = {}
-    needs_scale = checkpoint.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE
-    if needs_scale or given or rslora:
+    ranks: dict[str, int] = {}
+    if target is converters.ORBAX_LORA:
+        from bridge.join_plan import joined_scales
+
+        ranks, alphas, scale_problems = joined_scales(inputs, options, given, rslora)
+        problems += scale_problems
+    elif (
+        given or rslora or (checkpoint.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE)
+    ):
         alphas, scale_problems = scales(checkpoint, given, rslora)
         problems += scale_problems
+    if target.format == converters.ORBAX_BASE.format:
+        problems += size_problems(inputs)
     chosen = inputs.model.layout(layout)
     if chosen is None:
         have = ", ".join(known.name for known in inputs.model.layouts)
@@ -230,8 +263,8 @@ def plan(
     if problems or chosen is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
-    keeps = target in (converters.TORCH_BASE, converters.PEFT)
-    dtype = dtype or ("keep" if keeps else "float32" if fold else "bfloat16")
+    keeps = target not in (converters.TORCH_MERGED,)
+    dtype = dtype or ("keep" if keeps else "float32" if folds else "bfloat16")
     notes = list(source.notes)
     assets = read_assets(source.root)
     if inputs.base is not None and not assets.files:
@@ -243,13 +276,31 @@ def plan(
             inputs, reference, target, chosen, dtype, alphas, options, destination, progress
         )
         notes += found
+    elif target.format == converters.ORBAX_BASE.format:
+        made_leaves = leaf_output(
+            inputs,
+            target,
+            dtype,
+            fold=folds,
+            value_suffix=value_suffix,
+            ranks=ranks,
+            scales=alphas,
+            lossy=lossy,
+        )
+        outputs = (made_leaves,)
+        if ranks:
+            from bridge.join_plan import fit_notes
+
+            notes += fit_notes(inputs, made_leaves)
     else:
-        outputs = (tensor_output(inputs, target, chosen, dtype, alphas, fold=fold),)
+        outputs = (tensor_output(inputs, target, chosen, dtype, alphas, fold=folds),)
     outputs, found = _with_files(inputs, outputs, assets, options)
     notes += found
 
     loss = max(edge.loss for edge in way)
-    if any(_narrows(output) for output in outputs) or rank is not None:
+    if any(_narrows(output) for output in outputs) or (
+        options.compress_to is not None and target is converters.PEFT
+    ):
         loss = max(loss, Loss.ROUND)
     made = Plan(
         inputs, destination, way, loss, alphas, outputs, tuple(notes), options, overwrite, max(1, workers)
@@ -296,27 +347,36 @@ def _option_problems(options: Options, target: State, base: object) -> list[Prob
         problems.append(
             Problem(f"{options.dtype} is no dtype for weights", f"use one of {', '.join(DTYPES)}")
         )
-    if target is not converters.PEFT:
-        for flag, value in (
-            ("--keep-alpha", options.keep_alpha),
-            ("--rank", options.rank is not None),
-            ("--with-base", options.with_base),
-            ("--base-name", options.base_name is not None),
-            ("--modules-to-save", options.modules_to_save),
-        ):
-            if value:
-                problems.append(
-                    Problem(f"{flag} is about adapters, and {target.name} is none", f"leave {flag} out")
-                )
-    elif options.modules_to_save and base is None:
+    is_adapter, is_tree = target is converters.PEFT, target.format == converters.ORBAX_BASE.format
+    for flag, given, fits in (
+        ("--keep-alpha", options.keep_alpha, is_adapter),
+        ("--with-base", options.with_base, is_adapter),
+        ("--base-name", options.base_name is not None, is_adapter),
+        ("--modules-to-save", options.modules_to_save, is_adapter),
+        ("--rank", options.rank is not None, is_adapter or target is converters.ORBAX_LORA),
+        ("--lossy", options.lossy, target is converters.ORBAX_LORA),
+        ("--fold", options.fold, is_tree),
+        ("--value-suffix", options.value_suffix, is_tree),
+        ("--layout", options.layout != "openpi", not is_tree),
+        ("--action-horizon", options.action_horizon is not None, not is_tree),
+    ):
+        if given and not fits:
+            problems.append(Problem(f"{flag} says nothing about {target}", f"leave {flag} out"))
+    if options.modules_to_save and is_adapter and base is None:
         problems.append(
             Problem(
                 "--modules-to-save needs the base whose other weights the adapter should carry",
                 "add --base PATH",
             )
         )
-    if options.rank is not None and options.rank < 1:
-        problems.append(Problem(f"--rank is {options.rank}", "give a positive rank"))
+    if is_adapter and isinstance(options.rank, Mapping):
+        problems.append(Problem("--rank is given by expert, and compresses all modules", "give one number"))
+    ranks = options.rank.values() if isinstance(options.rank, Mapping) else (options.rank,)
+    problems += [
+        Problem(f"--rank is {rank}", "give a positive rank")
+        for rank in ranks
+        if rank is not None and rank < 1
+    ]
     return problems
 
 
@@ -328,8 +388,9 @@ def _with_files(
     made = []
     for output in outputs:
         files = dict(assets.files)
-        if inputs.weights.adapter.companions is not None:
-            companions = inputs.weights.adapter.companions(
+        makes = inputs.weights.adapter.companions
+        if makes is not None and output.state.format != converters.ORBAX_BASE.format:
+            companions = makes(
                 Facts(
                     inputs.model,
                     inputs.weights.sizes,

@@ -24,20 +24,21 @@ _NOREPLACE = 1
 _EXCHANGE = 2
 
 
+def check_apart(destination: Path, source: Path | None) -> list[Problem]:
+    """Whether an output and what it is made from lie inside each other."""
+    if source is None:
+        return []
+    real, whence = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    if real == whence or whence in real.parents:
+        return [Problem(f"{destination} lies inside the source {source}", "name an output outside of it")]
+    if real in whence.parents:
+        return [Problem(f"the source {source} lies inside {destination}", "name an output beside it")]
+    return []
+
+
 def check_destination(destination: Path, source: Path | None, *, overwrite: bool) -> list[Problem]:
     """What forbids writing to ``destination``, before anything is read."""
-    problems = []
-    real = Path(os.path.realpath(destination))
-    if source is not None:
-        whence = Path(os.path.realpath(source))
-        if real == whence or whence in real.parents:
-            problems.append(
-                Problem(f"{destination} lies inside the source {source}", "name an output outside of it")
-            )
-        elif real in whence.parents:
-            problems.append(
-                Problem(f"the source {source} lies inside {destination}", "name an output beside it")
-            )
+    problems = check_apart(destination, source)
     if os.path.lexists(destination):
         if not overwrite:
             problems.append(

@@ -73,6 +73,12 @@ def fit_weights(weights: Iterable[str]) -> Fit | None:
                 places = _places(model, layout)
                 optional = {skeleton(name)[0] for name in optional_weights(model, layout)}
                 known = {key for _, key in keys}
+                # a tied weight may be stored under either of its names
+                known |= {
+                    skeleton(layout.rename(of))[0]
+                    for alias, of in model.tied.items()
+                    if skeleton(layout.rename(alias))[0] in known
+                }
                 fits.append(
                     Fit(
                         adapter,

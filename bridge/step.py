@@ -8,7 +8,7 @@ factors and one weight are in memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,10 @@ from bridge.axes import Index
 from bridge.errors import Problem
 from bridge.formats import Sink
 from bridge.lora import FactorAxes, delta, factor_axes
-from bridge.pieces import Done, FactorReader, Factors, Read, Sources, Tick, Weights
+from bridge.pieces import Done, FactorReader, Factors, ModuleFactors, Read, Sources, Tick, Weights
 from bridge.rule import Rule
 from bridge.specs import FLOAT32, Spec, all_finite, raw
-from bridge.writers import AdapterWriter, Writer
+from bridge.writers import AdapterWriter, FactorWriter, Writer, Written
 
 
 @dataclass(frozen=True)
@@ -67,32 +67,70 @@ def run_step(step: Step, sources: Sources, sink: Sink, tick: Tick | None = None)
     done = Done()
     faults = _Faults(step, sources)
     sums = {name: xxhash.xxh3_128() for name in step.specs}
-    factors_at = step.factors.open(step.rule, sources, done, tick) if step.factors is not None else None
-    if isinstance(step.writer, AdapterWriter):
+    for name, array in _written(step, sources, sink, done, faults, tick):
+        sums[name].update(raw(array))
+    done.written = {name: digest.hexdigest() for name, digest in sums.items()}
+    done.problems += faults.problems()
+    return done
+
+
+def _written(
+    step: Step, sources: Sources, sink: Sink, done: Done, faults: _Faults, tick: Tick | None
+) -> Iterator[Written]:
+    """Carry out a step, yielding what is written as it is written."""
+    writer, rule = step.writer, step.rule
+    if isinstance(writer, FactorWriter):
+        yield from _write_factors(step, writer, sources, sink, done, faults, tick)
+        return
+    factors_at = step.factors.open(rule, sources, done, tick) if step.factors is not None else None
+    if isinstance(writer, AdapterWriter):
         assert factors_at is not None
-        for index in step.writer.pairs:
+        for index in writer.pairs:
             factors = factors_at(index)
             assert factors is not None
-            faults.look_at_factors(index, factors)
-            matrices = step.writer.matrices(step.rule, index, factors)
-            narrow = tuple(faults.cast(index, matrix, step.writer.dtype) for matrix in matrices)
-            for name, array in step.writer.write(sink, index, (narrow[0], narrow[1])).items():
-                sums[name].update(raw(array))
-    else:
-        assert step.weights is not None
-        for piece in step.weights.pieces(step.rule, sources, done, tick):
-            faults.look_at_weight(piece.index, piece.w)
-            w = piece.w
-            factors = factors_at(piece.index) if factors_at is not None else None
-            if factors is not None:
-                faults.look_at_factors(piece.index, factors)
-                w = folded(step.rule, w, factors)
-            w = faults.cast(piece.index, w, step.writer.dtype)
-            for name, array in step.writer.write(step.rule, sink, piece, w).items():
-                sums[name].update(raw(array))
-    done.written = {name: digest.hexdigest() for name, digest in sums.items()}
-    done.problems = faults.problems()
-    return done
+            faults.look_at_factors(index, factors.a, factors.b)
+            matrix_a, matrix_b = writer.matrices(rule, index, factors)
+            cast = faults.cast(index, matrix_a, writer.dtype), faults.cast(index, matrix_b, writer.dtype)
+            yield from writer.write(sink, index, cast)
+        return
+    assert step.weights is not None
+    session = writer.open(rule, sink)
+    for piece in step.weights.pieces(rule, sources, done, tick):
+        faults.look_at_weight(piece.index, piece.w)
+        w = piece.w
+        factors = factors_at(piece.index) if factors_at is not None else None
+        if factors is not None:
+            faults.look_at_factors(piece.index, factors.a, factors.b)
+            w = folded(rule, w, factors)
+        yield from session.put(piece, faults.cast(piece.index, w, writer.dtype))
+    yield from session.close()
+
+
+def _write_factors(
+    step: Step,
+    writer: FactorWriter,
+    sources: Sources,
+    sink: Sink,
+    done: Done,
+    faults: _Faults,
+    tick: Tick | None,
+) -> Iterator[Written]:
+    """An adapter's modules as the two factor leaves of openpi; modules it lacks are zeros."""
+    assert isinstance(step.factors, ModuleFactors)
+    equation = step.rule.equation
+    leaf_a, leaf_b = (np.zeros(spec.shape, spec.dtype) for spec in (writer.spec_a, writer.spec_b))
+    views_b = dict(equation.slices(leaf_b))
+    for index, view_a in equation.slices(leaf_a):
+        matrices = step.factors.matrices(index, sources, done, tick)
+        if matrices is None:
+            continue
+        faults.look_at_factors(index, matrices.a, matrices.b)
+        a, b, _ = writer.fitted(equation.one, matrices)
+        view_a[...] = faults.cast(index, a, writer.dtype)
+        views_b[index][...] = faults.cast(index, b, writer.dtype)
+    for name, leaf in ((writer.a, leaf_a), (writer.b, leaf_b)):
+        sink.write(name, leaf)
+        yield name, leaf
 
 
 def folded(rule: Rule, w: np.ndarray, factors: Factors) -> np.ndarray:
@@ -122,8 +160,8 @@ class _Faults:
         if not all_finite(w):
             self._non_finite[self._step.rule.leaf].append(index)
 
-    def look_at_factors(self, index: Index, factors: Factors) -> None:
-        for name, factor in zip(self._step.rule.factor_leaves or (), (factors.a, factors.b), strict=False):
+    def look_at_factors(self, index: Index, a: np.ndarray, b: np.ndarray) -> None:
+        for name, factor in zip(self._step.rule.factor_leaves or (), (a, b), strict=False):
             if not all_finite(factor):
                 self._non_finite[name].append(index)
 

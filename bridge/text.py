@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from bridge.names import grouped
-from bridge.pieces import LeafFactors
+from bridge.pieces import LeafFactors, LeafWeights
 from bridge.specs import Spec
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def head(plan: Plan) -> Iterator[str]:
 
 
 def _loss(plan: Plan) -> str:
-    if plan.options.rank is not None:
-        return f"modules of a rank above {plan.options.rank} are approximated, by SVD"
+    if plan.options.compress_to is not None and plan.output.state.holds == "lora":
+        return f"modules of a rank above {plan.options.compress_to} are approximated, by SVD"
     return {
         "EXACT": "every value is kept bit for bit",
         "GAUGE": "the same function, numbers that cancel out may differ",
@@ -73,17 +73,18 @@ def _rules(plan: Plan, output: Output, width: int) -> Iterator[str]:
         if not steps:
             continue
         shown = [(step, name, spec) for step in steps for name, spec in _shown(step).items()]
-        leaves = _common([step.rule.leaf for step in steps], "/")
-        weights = _common([name for _, name, _ in shown], ".")
+        taken = [_taken_names(step) for step in steps for _ in _shown(step)]
+        leaves = _common(taken, "/" if "/" in taken[0] else ".")
+        weights = _common([name for _, name, _ in shown], "/" if "/" in shown[0][1] else ".")
         yield f"{part.name}: {leaves}* -> {weights}*"
         rows = [
             (
-                step.rule.leaf.removeprefix(leaves),
-                _taken(step),
+                name_taken.removeprefix(leaves),
+                _taken(plan, step),
                 "-> " + name.removeprefix(weights),
                 str(spec),
             )
-            for step, name, spec in shown
+            for name_taken, (step, name, spec) in zip(taken, shown, strict=True)
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         one_line = sum(widths) + 2 * len(widths) <= width
@@ -110,14 +111,24 @@ def _shown(step: Step) -> dict[str, Spec]:
     return {_braced(grouped(names)): spec for spec, names in shapes.items()}
 
 
-def _taken(step: Step) -> str:
+def _taken_names(step: Step) -> str:
+    """Where a step's weights come from: its leaf, or the tensors it is made of."""
+    if step.weights is None or isinstance(step.weights, LeafWeights):
+        return step.rule.leaf
+    return _braced(grouped(name for _, name in step.weights.reads))
+
+
+def _taken(plan: Plan, step: Step) -> str:
     """What a step takes: the leaf, its factors, and the scale of their product."""
     scale = step.factors.scale if isinstance(step.factors, LeafFactors) else 1.0
     scaled = step.rule.lora is not None and step.rule.lora.scaled
     product = f"{scale:g} a b" if scaled and isinstance(step.factors, LeafFactors) else "a b"
     if step.weights is None:
         return product
-    return f"{step.leaf_spec}" + (f" + {product}" if step.factors is not None else "")
+    spec = (
+        step.leaf_spec if isinstance(step.weights, LeafWeights) else plan.inputs.spec(step.weights.reads[0])
+    )
+    return f"{spec}" + (f" + {product}" if step.factors is not None else "")
 
 
 def _totals(plan: Plan) -> Iterator[str]:

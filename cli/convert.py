@@ -18,20 +18,41 @@ if TYPE_CHECKING:
 FORMATS = sorted({state.name for state in STATES})
 
 
-def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+def _by_expert(
+    what: str, values: tuple[str, ...], ctx: click.Context, option: click.Parameter
+) -> dict[str, float]:
+    """Read ``NUMBER`` and ``EXPERT=NUMBER``, repeated or with commas; ``""`` stands for all experts."""
     found: dict[str, float] = {}
-    for value in values:
-        expert, _, number = value.rpartition("=")
+    for value in (part for text in values for part in text.split(",")):
+        expert, _, text = value.strip().rpartition("=")
         try:
-            alpha = float(number)
+            number = float(text)
         except ValueError:
-            raise click.BadParameter(f"{value!r} is neither ALPHA nor EXPERT=ALPHA", ctx, option) from None
-        if not math.isfinite(alpha) or alpha <= 0:
-            raise click.BadParameter(f"{value!r}: alpha is a positive number", ctx, option)
+            raise click.BadParameter(f"{value!r} is neither {what} nor EXPERT={what}", ctx, option) from None
+        if not math.isfinite(number) or number <= 0:
+            raise click.BadParameter(f"{value!r}: {what.lower()} is a positive number", ctx, option)
         if expert in found:
-            raise click.BadParameter(f"alpha of {expert or 'all experts'} is given twice", ctx, option)
-        found[expert] = alpha
+            raise click.BadParameter(
+                f"{what.lower()} of {expert or 'all experts'} is given twice", ctx, option
+            )
+        found[expert] = number
     return found
+
+
+def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    return _by_expert("ALPHA", values, ctx, option)
+
+
+def _ranks(
+    ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> int | dict[str, int] | None:
+    found = _by_expert("RANK", values, ctx, option)
+    if any(number != int(number) for number in found.values()):
+        raise click.BadParameter("a rank is a whole number", ctx, option)
+    ranks = {expert: int(number) for expert, number in found.items()}
+    if "" in ranks and len(ranks) > 1:
+        raise click.BadParameter("give one rank, or one for each expert", ctx, option)
+    return ranks.get("", ranks or None)
 
 
 @click.command()
@@ -60,9 +81,20 @@ def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
 @click.option("--with-base", is_flag=True, help="Write the base an adapter applies to into DST/base.")
 @click.option("--base-name", metavar="NAME", help="An adapter's base_model_name_or_path.")
 @click.option("--keep-alpha", is_flag=True, help="Keep an adapter's factors bit for bit, the scale as alpha.")
-@click.option("--rank", type=click.IntRange(1), help="Compress an adapter's modules to this rank, by SVD.")
+@click.option(
+    "--rank",
+    multiple=True,
+    metavar="[EXPERT=]RANK",
+    callback=_ranks,
+    help="With --to peft-adapter: compress modules to this rank, by SVD. With --to orbax: rank of the LoRA leaves.",
+)
 @click.option(
     "--modules-to-save", is_flag=True, help="Put the weights that differ from --base into the adapter."
+)
+@click.option("--fold", is_flag=True, help="With --to orbax: sum the adapter into the weights.")
+@click.option("--lossy", is_flag=True, help="With --to orbax: approximate factors that do not fit, by SVD.")
+@click.option(
+    "--value-suffix", is_flag=True, help="With --to orbax: end leaves in 'value', as training does."
 )
 @click.option("--action-horizon", type=click.IntRange(1), help="Length of an action chunk, for config.json.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -83,8 +115,11 @@ def convert(
     with_base: bool,
     base_name: str | None,
     keep_alpha: bool,
-    rank: int | None,
+    rank: int | dict[str, int] | None,
     modules_to_save: bool,
+    fold: bool,
+    lossy: bool,
+    value_suffix: bool,
     action_horizon: int | None,
     dry_run: bool,
     overwrite: bool,
@@ -117,6 +152,9 @@ def convert(
             with_base=with_base,
             base_name=base_name,
             modules_to_save=modules_to_save,
+            fold=fold,
+            lossy=lossy,
+            value_suffix=value_suffix,
             overwrite=overwrite,
             workers=workers,
             progress=show,

@@ -39,6 +39,14 @@ def test_read_one_layer_example() -> None:
     assert "params/PaliGemma/llm/layers/attn/attn_vec_einsum/w/value float32[3, 8, 16, 64]: layer 1" in said
 
 
+def test_load_into_nnx_example(tmp_path: Path) -> None:
+    """The same numbers from the JAX checkpoint and, in memory, from its PyTorch form."""
+    said = python(ROOT / "examples/load_into_nnx.py", SAMPLE)
+    assert said.startswith("14 actions -> 48: (1, 48)")
+    python("-c", f"import bridge; bridge.convert({str(SAMPLE)!r}, {str(tmp_path / 'out')!r}, to='torch-base')")
+    assert python(ROOT / "examples/load_into_nnx.py", tmp_path / "out") == said
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example adapter, installed as a package of its own."""

@@ -18,6 +18,7 @@ from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import Block, Format, stream
 from bridge.formats.location import Location, tensorstore_context
 from bridge.formats.ocdbt import RECOPY, Extent, check_files, contained, index
+from bridge.formats.orbax_writing import create
 from bridge.formats.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.specs import Spec
 
@@ -343,4 +344,4 @@ def _arrays(params: Location, ocdbt: bool, tree: Mapping[str, str], sparse: bool
     return arrays
 
 
-FORMAT = Format(name="orbax", claims=claims, open=open_orbax)
+FORMAT = Format(name="orbax", claims=claims, open=open_orbax, create=create)

@@ -1,0 +1,149 @@
+"""Planning an adapter's return to JAX: ranks and scales of the LoRA leaves, and what fits them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bridge.checkpoint import Checkpoint
+from bridge.errors import CheckpointRefused, Problem, refuse_if
+from bridge.model import Part
+from bridge.names import grouped
+from bridge.outputs import Inputs, Output
+from bridge.pieces import Done, ModuleFactors
+from bridge.publish import RECORD
+from bridge.scales import Scale
+from bridge.writers import FactorWriter
+
+if TYPE_CHECKING:
+    from bridge.planner import Options
+
+
+def joined_scales(
+    inputs: Inputs, options: Options, given: Mapping[str, float], rslora: bool
+) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:
+    """Rank and scale of the LoRA leaves of each part.
+
+    A part gets leaves when the adapter touches it or ``--rank`` names it. Its rank is the one
+    asked for, else the one it had in openpi if the adapter's ``bridge.json`` knows it, else the
+    stock one; alpha likewise.
+    """
+    recorded = _recorded(inputs.source)
+    where = inputs.source.source.location
+    touched = _touched(inputs)
+    asked = options.rank if isinstance(options.rank, Mapping) else {}
+    able = {part.name for part in inputs.model.parts if any(rule.lora for rule in part.rules)}
+    problems = [
+        Problem(f"{flag} names {name}, which carries no LoRA", f"name one of {', '.join(sorted(able))}")
+        for flag, names in (("--rank", asked), ("--lora-alpha", given))
+        for name in names
+        if name and name not in able
+    ]
+    ranks: dict[str, int] = {}
+    scales: dict[str, Scale] = {}
+    for part in inputs.model.parts:
+        if part.name not in touched and part.name not in asked:
+            continue
+        known = recorded.get(part.name, {})
+        had = int(known["rank"]) if known else None
+        rank = asked.get(part.name, options.compress_to or had or _stock_rank(part))
+        if rank is None:
+            problems.append(
+                Problem(
+                    f"{where}: the rank that {part.name} should have in openpi is not known",
+                    f"add --rank {part.name}=RANK",
+                )
+            )
+            continue
+        same = had == rank
+        uses_root = rslora or bool(same and known.get("rslora") and part.name not in given)
+        alpha, origin = given.get(part.name, given.get("")), "given"
+        if alpha is None and same:
+            alpha, origin = known.get("alpha"), f"as {RECORD} says"
+        if alpha is None:
+            alpha, origin = part.stock_alpha.get(rank), f"the stock one for rank {rank}"
+        if alpha is None:
+            problems.append(
+                Problem(
+                    f"{where}: {part.name} gets LoRA of rank {rank}, and the alpha that openpi will use is unknown",
+                    f"add --lora-alpha {part.name}=ALPHA, as the training config's LoRAConfig will have it",
+                )
+            )
+            continue
+        ranks[part.name] = rank
+        scales[part.name] = Scale(part.name, rank, float(alpha), uses_root, origin)
+    return ranks, scales, problems
+
+
+def _touched(inputs: Inputs) -> set[str]:
+    from bridge.recognise import place_weights
+
+    layout = inputs.model.layouts[0]
+    places = place_weights(inputs.model, layout, (layout.rename(name) for name in inputs.source.modules))
+    return {place.part.name for place in places.values()}
+
+
+def _stock_rank(part: Part) -> int | None:
+    return next(iter(part.stock_alpha)) if len(part.stock_alpha) == 1 else None
+
+
+def _recorded(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+    """The scales that bridge wrote beside an adapter, by part; empty where there are none."""
+    text = (checkpoint.source.root / RECORD).read_bytes()
+    try:
+        scales = json.loads(text or b"{}").get("scales", {})
+        return {
+            name: scale
+            for name, scale in scales.items()
+            if type(scale["rank"]) is int and scale["rank"] > 0 and scale["alpha"] > 0
+        }
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def fit_notes(inputs: Inputs, output: Output) -> list[str]:
+    """What does not fit openpi's ranks: refused, or with ``--lossy`` its error.
+
+    Reads the modules whose rank is larger than the leaf's.
+
+    Raises:
+        CheckpointRefused: factors do not fit, and may not be approximated.
+    """
+    misfits: dict[str, list[str]] = {}
+    errors: dict[str, float] = {}
+    for step in output.steps:
+        writer = step.writer
+        if not isinstance(writer, FactorWriter) or not isinstance(step.factors, ModuleFactors):
+            continue
+        for index, (read, _, _) in step.factors.modules.items():
+            if inputs.spec(read).shape[0] <= writer.rank:
+                continue
+            matrices = step.factors.matrices(index, inputs.sources, Done(), None)
+            assert matrices is not None
+            module = read[1].removesuffix(".lora_A.weight")
+            why = writer.misfit(step.rule.equation.one, matrices)
+            if why is not None and not writer.lossy:
+                misfits.setdefault(why, []).append(module)
+            elif why is not None:
+                errors[module] = writer.fitted(step.rule.equation.one, matrices)[2]
+    where = inputs.source.source.location
+    refuse_if(
+        (
+            Problem(
+                f"{where}: {name} {why}",
+                "fold it: --fold (or --to torch-merged); or approximate it: --lossy, which says the error; "
+                "or give openpi a larger --rank",
+            )
+            for why, modules in misfits.items()
+            for name in grouped(modules)
+        ),
+        CheckpointRefused,
+    )
+    if not errors:
+        return []
+    order = sorted(errors, key=lambda name: -errors[name])
+    return [
+        f"{len(errors)} modules are approximated, relative Frobenius error up to {errors[order[0]]:.2e}",
+        *(f"approximated: {name} {errors[name]:.2e}" for name in order),
+    ]
