@@ -2,6 +2,7 @@
 
 Leaves and shapes: openpi, models/gemma.py and models/lora.py. Two experts share one scanned
 stack; the second has the suffix ``_1``. No value changes on the way: norms keep openpi's ``1 + scale``.
+The last entry of a projection is the einsum that openpi runs it by, with k|v and gate|up taken out.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ def expert(suffix: str, weights: str, *, fused_qkv: bool, adaptive: bool) -> tup
     projections = (
         (
             Rule(f"{attention}/qkv_einsum{suffix}/w", layer + ".self_attn.{qkv:q_proj|k_proj|v_proj}.weight",
-                 "layer qkv head width dim -> (head dim) width", EINSUM),
+                 "layer qkv head width dim -> (head dim) width", EINSUM, "BSD,KDH->BSKH"),
         )
         if fused_qkv
         else (
             Rule(f"{attention}/q_einsum{suffix}/w", layer + ".self_attn.q_proj.weight",
-                 "layer head width dim -> (head dim) width", EINSUM),
+                 "layer head width dim -> (head dim) width", EINSUM, "BTD,NDH->BTNH"),
             Rule(f"{attention}/kv_einsum{suffix}/w", layer + ".self_attn.{kv:k_proj|v_proj}.weight",
-                 "layer kv group width dim -> (group dim) width", EINSUM),
+                 "layer kv group width dim -> (group dim) width", EINSUM, "BSD,KDH->BSKH"),
         )
     )  # fmt: skip
     return (
         *projections,
         Rule(f"{attention}/attn_vec_einsum{suffix}/w", layer + ".self_attn.o_proj.weight",
-             "layer head dim width -> width (head dim)", EINSUM),
+             "layer head dim width -> width (head dim)", EINSUM, "BTNH,NHD->BTD"),
         Rule(f"{mlp}/gating_einsum", layer + ".mlp.{branch:gate_proj|up_proj}.weight",
-             "layer branch width hidden -> hidden width", FEED_FORWARD),
+             "layer branch width hidden -> hidden width", FEED_FORWARD, "BTD,DF->BTF"),
         Rule(f"{mlp}/linear", layer + ".mlp.down_proj.weight",
-             "layer hidden width -> width hidden", FEED_FORWARD),
+             "layer hidden width -> width hidden", FEED_FORWARD, "BTF,FD->BTD"),
         *_norm(f"{leaves}/pre_attention_norm{suffix}", layer + ".input_layernorm", "layer ", adaptive),
         *_norm(f"{leaves}/pre_ffw_norm{suffix}", layer + ".post_attention_layernorm", "layer ", adaptive),
         *_norm(f"PaliGemma/llm/final_norm{suffix}", f"{weights}.norm", "", adaptive),

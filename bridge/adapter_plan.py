@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from bridge import converters
 from bridge.card import model_card
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint import Checkpoint, weight_names
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
+from bridge.inputs import Inputs
 from bridge.model import Layout
 from bridge.names import grouped
-from bridge.outputs import Inputs, Output, adapter_output, tensor_output
-from bridge.peft import PREFIX
+from bridge.outputs import Output, adapter_output, tensor_output
+from bridge.peft import PREFIX, module_of
 from bridge.scales import Scale
 from bridge.writers import AdapterWriter
 
@@ -105,7 +107,37 @@ def _compared(
         return (), notes
     lora = {rule.leaf for _, rule in checkpoint.lora_rules()}
     refuse_if(_unsavable(checkpoint, found, lora, str(where)), OutputRefused)
-    return tuple(found), notes
+    # PEFT saves and loads a module whole: its other tensors must be there as well
+    modules = {module_of(name) for name in found}
+    carried = tuple(name for name in _weights_of(checkpoint) if module_of(name) in modules)
+    return carried, notes + _rounding_notes(checkpoint, reference, carried)
+
+
+def _weights_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Every weight -> the array it lies in."""
+    found = {}
+    for part in checkpoint.model.parts:
+        sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
+        for rule in part.rules:
+            for _, name in weight_names(rule, sizes):
+                found[name] = checkpoint.stored[rule.leaf if checkpoint.layout is None else name]
+    return found
+
+
+def _rounding_notes(checkpoint: Checkpoint, reference: Checkpoint, carried: tuple[str, ...]) -> list[str]:
+    """PEFT loads a saved module in the dtype that the base has."""
+    ours, theirs = _weights_of(checkpoint), _weights_of(reference)
+    dtypes = Counter(
+        held.name
+        for name in carried
+        if (held := reference.source.specs[theirs[name]].dtype).itemsize
+        < checkpoint.source.specs[ours[name]].dtype.itemsize
+    )
+    return [
+        f"PEFT loads modules_to_save in the dtype of the base: {count} weights are rounded to {dtype} there, "
+        "unless the base is loaded in float32"
+        for dtype, count in dtypes.items()
+    ]
 
 
 def _unsavable(
@@ -114,25 +146,24 @@ def _unsavable(
     """Differing weights that PEFT's modules_to_save cannot carry."""
     from bridge.names import skeleton
 
-    problems = []
     forms = {form: rule for rule in checkpoint.model.rules for form, _ in rule.template.skeletons()}
     tied = set(checkpoint.model.tied.values())
-    for name in found:
-        rule = forms[skeleton(name)[0]]
-        if rule.leaf in lora:
-            problems.append(
-                Problem(
-                    f"{name} differs from {where}, and carries LoRA: the adapter was trained on another base",
-                    "give the base it was trained on, or write its own with --with-base",
-                )
-            )
-        elif name in tied:
-            problems.append(
-                Problem(
-                    f"{name} differs from {where}, and is tied to the embedding: modules_to_save would untie it",
-                    "write the base with --with-base instead",
-                )
-            )
+    carrying = [name for name in found if forms[skeleton(name)[0]].leaf in lora]
+    problems = [
+        Problem(
+            f"{name} differs from {where}, and carries LoRA: the adapter was trained on another base",
+            "give the base it was trained on, or write its own with --with-base",
+        )
+        for name in grouped(carrying)
+    ]
+    problems += [
+        Problem(
+            f"{name} differs from {where}, and is tied to the embedding: modules_to_save would untie it",
+            "write the base with --with-base instead",
+        )
+        for name in found
+        if name in tied
+    ]
     return problems
 
 

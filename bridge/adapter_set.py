@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bridge.checkpoint import Checkpoint, Module, unknown
-from bridge.errors import Problem
+from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats import Source
 from bridge.formats.peft import CONFIG
 from bridge.model import Adapter, Layout, Model
 from bridge.names import grouped
-from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
+from bridge.peft import PREFIX, SECONDS, A, AdapterConfig, B, read_config
 from bridge.plugins import adapters
 from bridge.recognise import Place, place_weights
 from bridge.specs import WEIGHT_DTYPES
@@ -42,12 +42,13 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
                 places = place_weights(known, layout, set(names.values()))
                 if best is None or len(places) > best[0]:
                     best = (len(places), adapter, known, layout, places)
-    if best is None or best[0] == 0:
-        raise unknown(source, names)
-    _, adapter, found, layout, places = best
-
     where = str(source.location)
     config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
+    if best is None or best[0] == 0:
+        # another method has other names: that it is another is what must be said
+        refuse_if(problems, CheckpointRefused)
+        raise unknown(source, names)
+    _, adapter, found, layout, places = best
     problems += _strays(where, names, places, found)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
@@ -57,12 +58,9 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
         a, b = f"{PREFIX}{module}{A}", f"{PREFIX}{module}{B}"
         if a in source.specs or b in source.specs:
             problems += _pair_problems(source, where, module, a, b)
-            if place.rule.lora is None:
+            if len(place.rule.equation.right) != 2:
                 problems.append(
-                    Problem(
-                        f"{where}: {module} carries LoRA, and openpi has none there",
-                        "merge it in PEFT instead",
-                    )
+                    Problem(f"{where}: {module} carries LoRA, and is no matrix", "merge it in PEFT instead")
                 )
             if config is not None and a in source.specs and b in source.specs:
                 found_module, trouble = _module(source, config, where, module, a, b)
@@ -72,7 +70,7 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
         stored = PREFIX + weight
         if stored in source.specs:
             saved[canonical] = stored
-            if config is not None and not any(module.endswith(name) for name in config.modules_to_save):
+            if config is not None and not config.saves(module):
                 problems.append(
                     Problem(
                         f"{where}: {stored} would overwrite the base, and modules_to_save does not name it",
@@ -86,7 +84,9 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
         for name, spec in source.specs.items()
         if spec.dtype.name not in WEIGHT_DTYPES
     ]
-    return Checkpoint(source, adapter, found, layout, saved, False, {}, tuple(problems), modules)
+    return Checkpoint(
+        source, adapter, found, layout, saved, False, {}, tuple(dict.fromkeys(problems)), modules
+    )
 
 
 def _weight_of(name: str) -> str:
@@ -128,7 +128,9 @@ def _module(
     try:
         rank, scale = config.rank(module), config.scale(module)
     except TimeoutError:
-        return None, [Problem(f"{where}/{CONFIG}: a pattern takes too long to match {module}", RESAVE)]
+        return None, [
+            Problem(f"{where}/{CONFIG}: its patterns take longer than {SECONDS:g} s to match", RESAVE)
+        ]
     stored = source.specs[a].shape[0] if source.specs[a].shape else 0
     if stored != rank:
         return None, [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bridge.checkpoint import Checkpoint
 from bridge.outputs import Output
+from bridge.peft import A
 from bridge.scales import Scale
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def model_card(
     checkpoint: Checkpoint, adapter: Output, scales: Mapping[str, Scale], options: Options
 ) -> bytes:
     """The card, as Markdown."""
-    modules = len(adapter.specs) // 2
+    modules = sum(name.endswith(A) for name in adapter.specs)
     parameters = sum(spec.size for spec in adapter.specs.values())
     alpha = (
         "Factors are as openpi trained them; alpha / rank in `adapter_config.json` is openpi's scale."
@@ -70,7 +71,7 @@ def model_card(
         "the number of heads, because every head has factors of its own.",
         "",
         *(("```python", loading, "```", "") if loading else ()),
-        "Written by [bridge](https://pypi.org/project/openpi-bridge/); `bridge.json` says from what.",
+        "Written by bridge (openpi-bridge); `bridge.json` says from what.",
         "",
     ]
     return "\n".join(lines).encode()

@@ -6,7 +6,6 @@ Everything is found from names and shapes. What is wrong is collected, not raise
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from bridge.graph import State
 from bridge.model import Adapter, Layout, Model, Part
 from bridge.names import grouped
 from bridge.plugins import adapters, formats
-from bridge.publish import RECORD
 from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
+from bridge.record import read_record
 from bridge.rule import Rule
 from bridge.sizes import Seen, solve
 from bridge.specs import WEIGHT_DTYPES
@@ -157,9 +156,16 @@ def _from_leaves(source: Source) -> Checkpoint:
 
 
 def _from_weights(source: Source) -> Checkpoint:
-    fit = fit_weights(source.specs)
-    if fit is None or fit.layout is None:
+    fits = fit_weights(source.specs)
+    if not fits:
         raise unknown(source, source.specs)
+    # models whose PyTorch names are the same differ in shapes; the one of fewer leaves is the special case
+    read = [_as_weights(source, fit) for fit in fits]
+    return min(read, key=lambda found: (len(found.problems), len(list(found.model.rules))))
+
+
+def _as_weights(source: Source, fit: Fit) -> Checkpoint:
+    assert fit.layout is not None
     problems = _fit_problems(source, fit, "tensor") + _dtype_problems(source)
     # a tied weight may be stored under its alias, or under both names
     renamed: dict[str, str] = {}
@@ -220,12 +226,10 @@ def _solve_weights(source: Source, fit: Fit, seen: list[Seen]) -> tuple[dict[str
 
 def _recorded_sizes(source: Source) -> dict[str, int]:
     """The sizes that bridge itself wrote beside the weights, if it did."""
-    text = (source.root / RECORD).read_bytes()
-    try:
-        sizes = json.loads(text or b"{}").get("sizes", {})
-        return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
-    except (ValueError, AttributeError, RecursionError):
+    sizes = read_record(source.root).get("sizes")
+    if not isinstance(sizes, dict):
         return {}
+    return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
 
 
 def _absent_weights(

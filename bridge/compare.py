@@ -7,12 +7,53 @@ from collections.abc import Callable
 import numpy as np
 
 from bridge.checkpoint import Checkpoint, weight_names
+from bridge.errors import Problem
+from bridge.inputs import Inputs
 from bridge.lora import compress, split
-from bridge.outputs import Inputs, Output
+from bridge.outputs import Output
 from bridge.pieces import Done, LeafWeights, Piece
 from bridge.rule import Rule
 from bridge.specs import FLOAT32
 from bridge.writers import AdapterWriter
+
+
+def misfits(checkpoint: Checkpoint, reference: Checkpoint) -> list[Problem]:
+    """Why the weights of a reference cannot be those that an adapter of a checkpoint applies to."""
+    ours, theirs = _weight_shapes(checkpoint), _weight_shapes(reference)
+    found = [
+        f"{name} is {list(shape)} here, and {list(theirs[name]) if name in theirs else 'missing'} there"
+        for name, shape in ours.items()
+        if theirs.get(name) != shape
+    ]
+    found += [
+        f"{name} is {list(theirs[name])} there, and missing here" for name in theirs if name not in ours
+    ]
+    if not found:
+        return []
+    return [
+        Problem(
+            f"{checkpoint.source.location} does not fit {reference.source.location}: {len(found)} weights "
+            "disagree: " + "; ".join(found[:3]),
+            "give a base of the same dimensions with --base",
+        )
+    ]
+
+
+def _weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight, by openpi's PyTorch name."""
+    if checkpoint.layout is not None:
+        return {
+            name: checkpoint.source.specs[stored].shape
+            for name, stored in checkpoint.stored.items()
+            if name not in checkpoint.model.tied
+        }
+    shapes = {}
+    for part in checkpoint.model.parts:
+        sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
+        for rule in part.rules:
+            for _, name in weight_names(rule, sizes):
+                shapes[name] = rule.equation.weight_shape(sizes)
+    return shapes
 
 
 def differences(

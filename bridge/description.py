@@ -24,7 +24,7 @@ class PartDescription:
     """Parameters by dtype."""
     sizes: dict[str, int]
     lora: dict[str, Any] | None
-    """Ranks by kind, stock alpha where the rank has one, and parameters of the factors."""
+    """Ranks by kind (by module for an adapter), stock alpha where the rank has one, and parameters of the factors."""
     trained: str
     """``"LoRA"``, ``"in full"``, ``"frozen"``, or why the dtypes do not tell."""
 
@@ -87,6 +87,7 @@ def _part(checkpoint: Checkpoint, name: str) -> PartDescription:
     weights, factors = Counter[str](), 0
     ranks: dict[str, int] = {}
     factor_dtypes: set[str] = set()
+    forms = {form for rule in part.rules for form, _ in rule.template.skeletons()}
     for rule in part.rules:
         for key in _stored_of(checkpoint, rule.leaf, rule.weight):
             spec = specs[key]
@@ -96,6 +97,12 @@ def _part(checkpoint: Checkpoint, name: str) -> PartDescription:
                 factors += specs[stored[leaf]].size
                 factor_dtypes.add(specs[stored[leaf]].dtype.name)
             ranks["attention" if rule.lora.scaled else "feed-forward"] = checkpoint.rank(name, rule)
+    for weight, module in checkpoint.modules.items():
+        if skeleton(weight)[0] in forms:
+            for tensor in (module.a, module.b):
+                factors += specs[tensor].size
+                factor_dtypes.add(specs[tensor].dtype.name)
+            ranks[weight.split(".")[-2]] = module.rank
     lora = None
     if ranks:
         rank = ranks.get("attention")
@@ -142,6 +149,8 @@ def _stored_of(checkpoint: Checkpoint, leaf: str, weight: str) -> list[str]:
 
 def _trained(checkpoint: Checkpoint, weights: Counter[str], *, has_lora: bool) -> str:
     """openpi stores what a LoRA run freezes in bfloat16 and what it trains in float32."""
+    if checkpoint.modules:
+        return "LoRA" if has_lora else "not in the adapter"
     if checkpoint.layout is not None:
         return "not told by PyTorch files"
     if not any(checkpoint.lora_rules()):

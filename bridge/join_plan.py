@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bridge.checkpoint import Checkpoint
 from bridge.errors import CheckpointRefused, Problem, refuse_if
+from bridge.inputs import Inputs
 from bridge.model import Part
 from bridge.names import grouped
-from bridge.outputs import Inputs, Output
+from bridge.outputs import Output
 from bridge.pieces import Done, ModuleFactors
 from bridge.publish import RECORD
-from bridge.scales import Scale
+from bridge.recognise import Place, place_weights
+from bridge.record import read_record
+from bridge.scales import Scale, alpha_problems
 from bridge.writers import FactorWriter
 
 if TYPE_CHECKING:
@@ -31,14 +33,31 @@ def joined_scales(
     """
     recorded = _recorded(inputs.source)
     where = inputs.source.source.location
-    touched = _touched(inputs)
     asked = options.rank if isinstance(options.rank, Mapping) else {}
     able = {part.name for part in inputs.model.parts if any(rule.lora for rule in part.rules)}
+    # LoRA elsewhere is a problem of the adapter's own
+    touched = _touched(inputs) & able
     problems = [
         Problem(f"{flag} names {name}, which carries no LoRA", f"name one of {', '.join(sorted(able))}")
         for flag, names in (("--rank", asked), ("--lora-alpha", given))
         for name in names
         if name and name not in able
+    ]
+    problems += [
+        Problem(
+            f"{where}: {name} carries LoRA, and openpi has none there",
+            "sum it into the weights: --fold (or --to torch-merged)",
+        )
+        for name in grouped(_beyond(inputs))
+    ]
+    problems += alpha_problems(given)
+    problems += [
+        Problem(
+            f"{where}: --lora-alpha is given for {name}, which the adapter does not touch",
+            f"leave it out, or give it LoRA leaves: --rank {name}=RANK",
+        )
+        for name in given
+        if name in able and name not in touched and name not in asked
     ]
     ranks: dict[str, int] = {}
     scales: dict[str, Scale] = {}
@@ -77,11 +96,18 @@ def joined_scales(
 
 
 def _touched(inputs: Inputs) -> set[str]:
-    from bridge.recognise import place_weights
+    """Parts whose LoRA leaves the adapter fills."""
+    return {place.part.name for place in _places(inputs).values() if place.rule.lora is not None}
 
+
+def _beyond(inputs: Inputs) -> list[str]:
+    """Weights that the adapter changes, and that carry no LoRA in openpi."""
+    return [name for name, place in _places(inputs).items() if place.rule.lora is None]
+
+
+def _places(inputs: Inputs) -> dict[str, Place]:
     layout = inputs.model.layouts[0]
-    places = place_weights(inputs.model, layout, (layout.rename(name) for name in inputs.source.modules))
-    return {place.part.name for place in places.values()}
+    return place_weights(inputs.model, layout, (layout.rename(name) for name in inputs.source.modules))
 
 
 def _stock_rank(part: Part) -> int | None:
@@ -90,15 +116,14 @@ def _stock_rank(part: Part) -> int | None:
 
 def _recorded(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """The scales that bridge wrote beside an adapter, by part; empty where there are none."""
-    text = (checkpoint.source.root / RECORD).read_bytes()
+    scales = read_record(checkpoint.source.root).get("scales", {})
     try:
-        scales = json.loads(text or b"{}").get("scales", {})
         return {
             name: scale
             for name, scale in scales.items()
             if type(scale["rank"]) is int and scale["rank"] > 0 and scale["alpha"] > 0
         }
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (AttributeError, KeyError, TypeError):
         return {}
 
 

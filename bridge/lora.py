@@ -211,6 +211,12 @@ def reduce(
     return a, b, math.sqrt(lost / total) if total else 0.0
 
 
+def singular_values(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
+    """Of ``lora_B @ lora_A``, largest first, float64; the product is never formed."""
+    values: np.ndarray = np.linalg.svd(_triangles(lora_A, lora_B), compute_uv=False)
+    return values
+
+
 def pad(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
     """``array`` with zeros added at the end of an axis, up to ``rank``."""
     if array.shape[axis] == rank:
@@ -236,7 +242,7 @@ def compress(lora_A: np.ndarray, lora_B: np.ndarray, rank: int) -> tuple[np.ndar
     """
     q_b, r_b = np.linalg.qr(lora_B.astype(np.float64))
     q_a, r_a = np.linalg.qr(lora_A.T.astype(np.float64))
-    u, s, vt = np.linalg.svd(r_b @ r_a.T)
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     total = float(np.linalg.norm(s))
     error = float(np.linalg.norm(s[rank:])) / total if total else 0.0
     root = np.sqrt(s[:rank])

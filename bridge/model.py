@@ -106,6 +106,11 @@ class Model:
         return (rule for part in self.parts for rule in part.rules)
 
     @cached_property
+    def rules_key(self) -> tuple[str, ...]:
+        """What tells models of one name apart: the leaves they have."""
+        return tuple(rule.leaf for rule in self.rules)
+
+    @cached_property
     def canonical(self) -> Mapping[str, str]:
         """Qualified axis -> the name under which its size is kept, where ``same`` joins several."""
         return {axis: axes[0] for axes in self.same for axis in axes}

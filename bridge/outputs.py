@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bridge.axes import Index
 from bridge.checkpoint import Checkpoint, weight_names
-from bridge.errors import Problem
-from bridge.formats import Source
 from bridge.formats.peft import CONFIG
 from bridge.graph import State
-from bridge.lora import factor_axes, factor_shapes
+from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
+from bridge.lora import factor_shapes
 from bridge.model import Layout, Model, Part
 from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
 from bridge.pieces import (
@@ -24,14 +21,11 @@ from bridge.pieces import (
     LeafFactors,
     LeafWeights,
     ModuleFactors,
-    Read,
-    ReplacedWeights,
-    TensorWeights,
     Weights,
 )
 from bridge.rule import Rule
 from bridge.scales import Scale
-from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec
+from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec, widest
 from bridge.step import Step
 from bridge.tree import ROOT, SUFFIX
 from bridge.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
@@ -67,37 +61,6 @@ class Output:
 
     def with_files(self, files: Mapping[str, bytes]) -> Output:
         return replace(self, files={**self.files, **files})
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The checkpoints a plan reads from. ``weights`` is the base where there is one."""
-
-    source: Checkpoint
-    base: Checkpoint | None = None
-
-    @property
-    def weights(self) -> Checkpoint:
-        return self.base or self.source
-
-    @property
-    def weights_key(self) -> str:
-        return "base" if self.base else "source"
-
-    @property
-    def checkpoints(self) -> dict[str, Checkpoint]:
-        return {"source": self.source} | ({"base": self.base} if self.base else {})
-
-    @property
-    def sources(self) -> dict[str, Source]:
-        return {key: checkpoint.source for key, checkpoint in self.checkpoints.items()}
-
-    @property
-    def model(self) -> Model:
-        return self.weights.model
-
-    def spec(self, read: Read) -> Spec:
-        return self.sources[read[0]].specs[read[1]]
 
 
 def tensor_output(
@@ -136,70 +99,16 @@ def _tensor_step(
     fold: bool,
 ) -> Step:
     sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
-    weights, rule, sizes = _weights(inputs, rule, sizes, flat=True)
+    weights, rule, sizes = weights_reader(inputs, rule, sizes, flat=True)
     names = dict(weight_names(rule, sizes))
-    factors = _factors(inputs, rule, names, sizes, scale) if fold else None
-    stored = inputs.spec(weights.reads[0]).dtype
+    factors = factor_reader(inputs, rule, names, sizes, scale) if fold else None
+    stored = widest(inputs.spec(read).dtype for read in weights.reads)
     leaf_spec = Spec(rule.equation.leaf_shape(sizes), stored)
     spec = Spec(rule.equation.weight_shape(sizes), _dtype(rule, stored, dtype))
     writer = TensorWriter(
         {index: _written_names(inputs.model, layout, name) for index, name in names.items()}, spec
     )
     return _step(inputs, part, rule, weights, factors, writer, leaf_spec)
-
-
-def _weights(
-    inputs: Inputs, rule: Rule, sizes: dict[str, int], *, flat: bool
-) -> tuple[Weights, Rule, dict[str, int]]:
-    """How a rule's weights are read, with the rule and sizes in the form that reading needs.
-
-    ``flat`` reads tensors without taking their rows apart, which needs no more than their shapes.
-    """
-    checkpoint, key = inputs.weights, inputs.weights_key
-    weights: Weights
-    if checkpoint.layout is None:
-        weights = LeafWeights(key, checkpoint.stored[rule.leaf])
-    else:
-        placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
-        names = dict(weight_names(rule, placeholders))
-        tensors = {index: (key, checkpoint.stored[name]) for index, name in names.items()}
-        if flat:
-            shape = inputs.spec(next(iter(tensors.values()))).shape
-            rule = rule.flat
-            groups = (group[0] for group in rule.equation.right)
-            sizes = {**placeholders, **dict(zip(groups, shape, strict=True))}
-        twins = {
-            index: (key, checkpoint.stored[alias])
-            for index, name in names.items()
-            for alias, of in inputs.model.tied.items()
-            if of == name and alias in checkpoint.stored
-        }
-        weights = TensorWeights(tensors, sizes, twins)
-    if inputs.base is not None:
-        # an adapter's modules_to_save stand in for the base's own
-        own = {
-            index: ("source", inputs.source.stored[name])
-            for index, name in weight_names(rule, sizes)
-            if name in inputs.source.stored
-        }
-        if own:
-            weights = ReplacedWeights(weights, own, sizes)
-    return weights, rule, sizes
-
-
-def _factors(
-    inputs: Inputs, rule: Rule, names: Mapping[Index, str], sizes: Mapping[str, int], scale: Scale | None
-) -> FactorReader | None:
-    if inputs.base is not None:
-        modules = {
-            index: (("source", module.a), ("source", module.b), module.scale)
-            for index, name in names.items()
-            if (module := inputs.source.modules.get(name)) is not None
-        }
-        return ModuleFactors(modules, sizes) if modules else None
-    if not inputs.source.has_lora(rule):
-        return None
-    return leaf_factors(inputs.source, rule, scale)
 
 
 def leaf_output(
@@ -226,10 +135,10 @@ def leaf_output(
     for part in inputs.model.parts:
         sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
         for rule in part.rules:
-            weights, _, _ = _weights(inputs, rule, sizes, flat=False)
+            weights, _, _ = weights_reader(inputs, rule, sizes, flat=False)
             names = dict(weight_names(rule, sizes))
-            factors = _factors(inputs, rule, names, sizes, None) if inputs.base is not None else None
-            stored = inputs.spec(weights.reads[0]).dtype
+            factors = factor_reader(inputs, rule, names, sizes, scales.get(part.name))
+            stored = widest(inputs.spec(read).dtype for read in weights.reads)
             spec = Spec(rule.equation.leaf_shape(sizes), _dtype(rule, stored, dtype))
             writer = LeafWriter(_leaf_name(rule.leaf, value_suffix), spec)
             leaf_spec = Spec(spec.shape, stored)
@@ -265,7 +174,7 @@ def _factor_step(
     assert rule.lora is not None and rule.factor_leaves is not None
     shape_a, shape_b = factor_shapes(shape, ranks[part.name])
     # openpi keeps factors in float32; an adapter's own dtype is kept where it is one
-    held = inputs.spec(factors.reads[0]).dtype if factors.reads else FLOAT32
+    held = widest(inputs.spec(read).dtype for read in factors.reads)
     written = held if dtype == "keep" else WEIGHT_DTYPES[dtype]
     a, b = (_leaf_name(leaf, value_suffix) for leaf in rule.factor_leaves)
     runtime = scales[part.name].value if rule.lora.scaled else 1.0
@@ -275,13 +184,6 @@ def _factor_step(
 
 def _leaf_name(leaf: str, value_suffix: bool) -> str:
     return ROOT + leaf + (SUFFIX if value_suffix else "")
-
-
-def leaf_factors(checkpoint: Checkpoint, rule: Rule, scale: Scale | None) -> LeafFactors:
-    """How a leaf's factors are read, with the scale openpi's runtime gives their product."""
-    assert rule.factor_leaves is not None and rule.lora is not None
-    a, b = (checkpoint.stored[name] for name in rule.factor_leaves)
-    return LeafFactors("source", a, b, scale.value if rule.lora.scaled and scale is not None else 1.0)
 
 
 def adapter_output(
@@ -358,87 +260,6 @@ def _replaced_steps(inputs: Inputs, layout: Layout, replaced: tuple[str, ...]) -
             spec = Spec(rule.equation.weight_shape(sizes), dtype)
             leaf_spec = Spec(rule.equation.leaf_shape(sizes), dtype)
             yield _step(inputs, part, rule, weights, None, TensorWriter(names, spec), leaf_spec)
-
-
-def kept_entries(rule: Rule, sizes: Mapping[str, int]) -> int:
-    """How many blocks the factors of one weight have: the entries of axes that both keep."""
-    axes = factor_axes(rule.equation.one)
-    return math.prod(sizes[axis] for axis in axes.shared if axis in rule.equation.right[0])
-
-
-def shape_problems(inputs: Inputs) -> list[Problem]:
-    """Modules of an adapter whose factors do not fit the weights of the base."""
-    adapter, base = inputs.source, inputs.base
-    assert base is not None
-    misfits = []
-    for part in base.model.parts:
-        sizes = base.model.local_sizes(part.name, base.sizes)
-        for rule in part.rules:
-            placeholders = rule.equation.placeholders
-            if any(axis not in sizes for axis in placeholders):
-                continue
-            for _, name in weight_names(rule, {axis: sizes[axis] for axis in placeholders}):
-                shape = _weight_shape(base, rule, sizes, name)
-                found = _adapter_shape(adapter, name)
-                if found is not None and shape is not None and found != shape:
-                    misfits.append(f"{name} is {list(shape)} in the base, {list(found)} in the adapter")
-    known = {name for part in base.model.parts for rule in part.rules for name in _names(base, part, rule)}
-    misfits += [
-        f"{name} is not in the base" for name in (*adapter.modules, *adapter.stored) if name not in known
-    ]
-    if not misfits:
-        return []
-    return [
-        Problem(
-            f"{adapter.source.location} does not fit {base.source.location}: {len(misfits)} weights disagree: "
-            + "; ".join(misfits[:3]),
-            "give the base that the adapter was trained on with --base",
-        )
-    ]
-
-
-def size_problems(inputs: Inputs) -> list[Problem]:
-    """Sizes that a JAX pytree needs and PyTorch weights alone do not tell."""
-    model, sizes = inputs.model, inputs.weights.sizes
-    unknown = sorted(
-        {
-            model.qualified(part.name, axis)
-            for part in model.parts
-            for rule in part.rules
-            for axis in rule.equation.left
-            if axis.isidentifier() and model.qualified(part.name, axis) not in sizes
-        }
-    )
-    if not unknown or inputs.weights.problems:
-        return []
-    return [
-        Problem(
-            f"{inputs.weights.source.location}: its tensors do not tell {', '.join(unknown)}",
-            "put the config.json of the model beside them (num_attention_heads, head_dim)",
-        )
-    ]
-
-
-def _names(base: Checkpoint, part: Part, rule: Rule) -> Iterator[str]:
-    sizes = base.model.local_sizes(part.name, base.sizes)
-    return (
-        name for _, name in weight_names(rule, {axis: sizes[axis] for axis in rule.equation.placeholders})
-    )
-
-
-def _weight_shape(
-    base: Checkpoint, rule: Rule, sizes: Mapping[str, int], name: str
-) -> tuple[int, ...] | None:
-    if base.layout is not None:
-        return base.source.specs[base.stored[name]].shape if name in base.stored else None
-    return rule.equation.weight_shape(sizes)
-
-
-def _adapter_shape(adapter: Checkpoint, name: str) -> tuple[int, ...] | None:
-    if name in adapter.modules:
-        module = adapter.modules[name]
-        return adapter.source.specs[module.b].shape[0], adapter.source.specs[module.a].shape[1]
-    return adapter.source.specs[adapter.stored[name]].shape if name in adapter.stored else None
 
 
 def _step(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import Problem
@@ -23,6 +24,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 #: PEFT's default when the config does not say
 DEFAULT_ALPHA = 8
 MAX_PATTERN = 8192
+#: what all patterns of an adapter may take together, for all of its modules
 SECONDS = 2.0
 
 #: fields that do not change what a loaded LoRA adapter computes
@@ -30,13 +32,50 @@ _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "task_type", "target_modules", "exclude_modules", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "layers_pattern", "qalora_group_size",
-    "layers_to_transform", "ensure_weight_tying", "monteclora_config", "velora_config", "arrow_config",
-    "kasa_config",
+    "layers_to_transform", "ensure_weight_tying", "velora_config",
 }  # fmt: skip
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save",
     "bias", "init_lora_weights", "fan_in_fan_out",
 }  # fmt: skip
+
+
+class Clock:
+    """Matches foreign patterns in bounded time, all of them together."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._left = seconds
+
+    def matching(self, patterns: Iterable[str], module: str) -> list[str]:
+        """The patterns that match, in order, as PEFT's ``get_pattern_key`` tries them.
+
+        Raises:
+            TimeoutError: the time is up.
+        """
+        return [pattern for pattern in patterns if self._match(pattern, module)]
+
+    def check(self, pattern: str) -> str:
+        """What is wrong with a pattern, or nothing. Raises TimeoutError when the time is up."""
+        import regex
+
+        if len(pattern) > MAX_PATTERN:
+            return f"has {len(pattern)} characters"
+        try:
+            self._match(pattern, "")
+        except regex.error as error:
+            return f"is no regular expression ({error})"
+        return ""
+
+    def _match(self, pattern: str, module: str) -> bool:
+        import regex
+
+        if self._left <= 0:
+            raise TimeoutError
+        began = time.monotonic()
+        try:
+            return regex.match(rf"(.*\.)?({pattern})$", module, timeout=self._left) is not None
+        finally:
+            self._left -= time.monotonic() - began
 
 
 @dataclass(frozen=True)
@@ -49,41 +88,42 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     def rank(self, module: str) -> int:
-        """The rank PEFT gives a module. Raises TimeoutError for a pattern that takes too long."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.r)
+        """The rank PEFT gives a module. Raises TimeoutError for patterns that take too long."""
+        return self.rank_pattern.get(self._first(self.rank_pattern, module), self.r)
 
     def scale(self, module: str) -> float:
         """The factor PEFT applies to a module's product at run time."""
         rank = self.rank(module)
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
+        alpha = self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def saves(self, module: str) -> bool:
+        """Whether PEFT keeps a copy of this module in the adapter: it, or one it is part of, is named."""
+        paths = itertools.accumulate(module.split("."), "{}.{}".format)
+        return any(path.endswith(name) for path in paths for name in self.modules_to_save)
 
-def _matching(patterns: Iterable[str], module: str) -> str:
-    """The first pattern that matches, as PEFT's ``get_pattern_key`` finds it, in bounded time."""
-    import regex
-
-    for pattern in patterns:
-        if regex.match(rf"(.*\.)?({pattern})$", module, timeout=SECONDS):
-            return pattern
-    return ""
+    def _first(self, patterns: Mapping[str, object], module: str) -> str:
+        return next(iter(self.clock.matching(patterns, module)), "")
 
 
 def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | None, list[Problem]]:
     """Read a config, refusing by name whatever would make PEFT compute something else."""
     problems: list[Problem] = []
+    clock = Clock()
 
     def refuse(cause: str, fix: str) -> None:
         problems.append(Problem(f"{where}: {cause}", fix))
 
     if config.get("peft_type") != "LORA":
         refuse(f"peft_type is {config.get('peft_type')!r}, not LORA", "bridge converts LoRA adapters only")
-    for field, value in config.items():
-        if field not in _HARMLESS | _READ and value not in (None, False, {}, [], 0):
+    for name, value in config.items():
+        if name not in _HARMLESS | _READ and value not in (None, False, {}, [], 0):
             refuse(
-                f"{field} is {value!r}, which bridge does not convert", "merge the adapter in PEFT instead"
+                f"{name} is {_shown(value)}, which bridge does not convert",
+                "merge the adapter in PEFT instead",
             )
     if config.get("bias", "none") != "none":
         refuse(
@@ -101,25 +141,28 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
             "convert it in PEFT first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     r, alpha = config.get("r", DEFAULT_ALPHA), config.get("lora_alpha", DEFAULT_ALPHA)
-    if not _number(r) or int(r) != r or r < 1:
-        refuse(f"r is {r!r}", "restore the config that was saved with the adapter")
+    if not _is_rank(r):
+        refuse(f"r is {_shown(r)}", "restore the config that was saved with the adapter")
     if not _number(alpha):
-        refuse(f"lora_alpha is {alpha!r}", "restore the config that was saved with the adapter")
+        refuse(f"lora_alpha is {_shown(alpha)}", "restore the config that was saved with the adapter")
     patterns = {}
-    for field in ("rank_pattern", "alpha_pattern"):
-        value = config.get(field) or {}
-        if not isinstance(value, dict) or not all(_number(number) for number in value.values()):
-            refuse(f"{field} is {value!r}"[:200], "restore the config that was saved with the adapter")
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _number)):
+        value = config.get(name) or {}
+        if not isinstance(value, dict) or not all(fits(number) for number in value.values()):
+            refuse(f"{name} is {_shown(value)}", "restore the config that was saved with the adapter")
             value = {}
-        problems += [
-            Problem(f"{where}: {field} holds a pattern that {why}", "restore the config that was saved")
-            for pattern in value
-            if (why := _bad_pattern(pattern))
-        ]
-        patterns[field] = value
+        try:
+            problems += [
+                Problem(f"{where}: {name} holds a pattern that {why}", "restore the config that was saved")
+                for pattern in value
+                if (why := clock.check(pattern))
+            ]
+        except TimeoutError:
+            refuse(f"{name} takes longer than {SECONDS:g} s to read", "restore the config that was saved")
+        patterns[name] = value
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        refuse(f"modules_to_save is {saved!r}"[:200], "restore the config that was saved with the adapter")
+        refuse(f"modules_to_save is {_shown(saved)}", "restore the config that was saved with the adapter")
     if problems:
         return None, problems
     return (
@@ -130,6 +173,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
             {key: int(number) for key, number in patterns["rank_pattern"].items()},
             {key: float(number) for key, number in patterns["alpha_pattern"].items()},
             tuple(saved),
+            clock,
         ),
         [],
     )
@@ -139,21 +183,14 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _bad_pattern(pattern: str) -> str:
-    import regex
+def _is_rank(value: object) -> bool:
+    return isinstance(value, (int, float)) and _number(value) and int(value) == value and value >= 1
 
-    if len(pattern) > MAX_PATTERN:
-        return f"has {len(pattern)} characters"
-    try:
-        regex.compile(pattern)
-    except regex.error as error:
-        return f"is no regular expression ({error})"
-    # one look at a name like those it will meet: a pattern that hangs is found here
-    try:
-        _matching([pattern], "model.layers.17.self_attn.q_proj_" + "a" * 40)
-    except TimeoutError:
-        return f"takes longer than {SECONDS:g} s to match"
-    return ""
+
+def _shown(value: object) -> str:
+    """A foreign value, on one line of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 @dataclass(frozen=True)

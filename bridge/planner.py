@@ -17,8 +17,9 @@ from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.graph import Loss, Route, State, route
+from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.model import Facts, Layout
-from bridge.outputs import Inputs, Output, leaf_output, shape_problems, size_problems, tensor_output
+from bridge.outputs import Output, leaf_output, tensor_output
 from bridge.publish import check_apart, check_destination, check_space
 from bridge.scales import Scale, scales
 from bridge.specs import BFLOAT16, FLOAT32, WEIGHT_DTYPES, Spec
@@ -236,9 +237,13 @@ def plan(
         problems += reference.problems
         if destination is not None:
             problems += check_apart(destination, reference.source.root.local)
-    problems += _option_problems(options, target, base)
+    problems += _option_problems(options, checkpoint.state, target, base)
     if inputs.base is not None and not problems:
         problems += shape_problems(inputs)
+    elif reference is not None and not problems:
+        from bridge.compare import misfits
+
+        problems += misfits(checkpoint, reference)
 
     folds = any(edge.fold for edge in way)
     given = _alphas(lora_alpha)
@@ -263,9 +268,9 @@ def plan(
     if problems or chosen is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
-    keeps = target not in (converters.TORCH_MERGED,)
-    dtype = dtype or ("keep" if keeps else "float32" if folds else "bfloat16")
+    dtype = dtype or ("float32" if folds else "bfloat16" if target is converters.TORCH_MERGED else "keep")
     notes = list(source.notes)
+    approximated = options.compress_to is not None and target is converters.PEFT
     assets = read_assets(source.root)
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root)
@@ -291,16 +296,16 @@ def plan(
         if ranks:
             from bridge.join_plan import fit_notes
 
-            notes += fit_notes(inputs, made_leaves)
+            fitted = fit_notes(inputs, made_leaves)
+            approximated = bool(fitted)
+            notes += fitted
     else:
         outputs = (tensor_output(inputs, target, chosen, dtype, alphas, fold=folds),)
     outputs, found = _with_files(inputs, outputs, assets, options)
     notes += found
 
     loss = max(edge.loss for edge in way)
-    if any(_narrows(output) for output in outputs) or (
-        options.compress_to is not None and target is converters.PEFT
-    ):
+    if approximated or any(_narrows(output) for output in outputs):
         loss = max(loss, Loss.ROUND)
     made = Plan(
         inputs, destination, way, loss, alphas, outputs, tuple(notes), options, overwrite, max(1, workers)
@@ -340,7 +345,7 @@ def _alphas(given: float | Mapping[str, float] | None) -> dict[str, float]:
     return {"": float(given)} if isinstance(given, (int, float)) else dict(given)
 
 
-def _option_problems(options: Options, target: State, base: object) -> list[Problem]:
+def _option_problems(options: Options, source: State, target: State, base: object) -> list[Problem]:
     """Options that say nothing about the target asked for: they would be ignored in silence."""
     problems = []
     if options.dtype is not None and options.dtype not in DTYPES:
@@ -353,6 +358,7 @@ def _option_problems(options: Options, target: State, base: object) -> list[Prob
         ("--with-base", options.with_base, is_adapter),
         ("--base-name", options.base_name is not None, is_adapter),
         ("--modules-to-save", options.modules_to_save, is_adapter),
+        ("--base", base is not None, is_adapter or source is converters.PEFT),
         ("--rank", options.rank is not None, is_adapter or target is converters.ORBAX_LORA),
         ("--lossy", options.lossy, target is converters.ORBAX_LORA),
         ("--fold", options.fold, is_tree),
@@ -373,9 +379,9 @@ def _option_problems(options: Options, target: State, base: object) -> list[Prob
         problems.append(Problem("--rank is given by expert, and compresses all modules", "give one number"))
     ranks = options.rank.values() if isinstance(options.rank, Mapping) else (options.rank,)
     problems += [
-        Problem(f"--rank is {rank}", "give a positive rank")
+        Problem(f"--rank is {rank}", "give a positive whole number")
         for rank in ranks
-        if rank is not None and rank < 1
+        if rank is not None and (rank < 1 or rank != int(rank))
     ]
     return problems
 

@@ -7,6 +7,7 @@ stride zero: no memory), and everything it made of it is held against the plan a
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -15,16 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from bridge.axes import Index
 from bridge.checkpoint import weight_names
-from bridge.errors import Problem, ProofFailed, refuse_if
-from bridge.formats.peft import CONFIG, FILE
+from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
+from bridge.formats.location import Location
+from bridge.formats.peft import CONFIG, FILE, open_peft
+from bridge.formats.torch import TorchSource
 from bridge.lora import delta, factor_axes
-from bridge.peft import PREFIX, A
+from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors
+from bridge.publish import RECORD
 from bridge.rule import Rule
-from bridge.specs import FLOAT32
+from bridge.specs import FLOAT32, raw
 from bridge.writers import AdapterWriter
 
 if TYPE_CHECKING:
@@ -46,14 +51,27 @@ def prove_adapter(directory: Path, plan: Plan) -> dict[str, float]:
     Raises:
         ProofFailed: with everything that does not hold.
     """
+    try:
+        source = open_peft(Location.parse(directory))
+    except Refusal as refused:
+        raise ProofFailed(*refused.problems) from refused
+    config, problems = _planned_config(directory, source.metadata[CONFIG], plan)
+    # what PEFT makes of another config says nothing, and may take for ever
+    if config is None:
+        raise ProofFailed(*problems)
+    problems += _file_problems(directory, source, plan)
     model, loaded = load_on_skeleton(directory, _weight_shapes(plan))
     modules = _lora_modules(model)
     expected = dict(_expected(plan))
-    problems = [*loaded, *_module_problems(directory, modules, expected.keys())]
+    problems += [*loaded, *_module_problems(directory, modules, expected.keys())]
+    problems += _saved_problems(directory, config, model, plan)
+    problems += _pattern_problems(directory, config, modules)
     problems += reexport_problems(directory, model)
     errors: dict[str, float] = {}
     for module in expected.keys() & modules.keys():
         layer, wanted = modules[module], expected[module]
+        if any(layer.get_base_layer().weight.stride()):
+            problems.append(Problem(f"{directory}: PEFT changes the base weight of {module}", FIX))
         scale = layer.scaling["default"]
         if not np.isclose(scale, wanted.scale, rtol=1e-6, atol=0):
             problems.append(Problem(f"{directory}: PEFT scales {module} by {scale}, not {wanted.scale}", FIX))
@@ -71,6 +89,76 @@ def prove_adapter(directory: Path, plan: Plan) -> dict[str, float]:
     return errors
 
 
+def _planned_config(
+    directory: Path, written: Mapping[str, Any], plan: Plan
+) -> tuple[AdapterConfig | None, list[Problem]]:
+    """The config as bridge reads it, where it is the one that was planned."""
+    planned = json.loads(plan.output.files[CONFIG])
+    config, problems = read_config(written, f"{directory}/{CONFIG}")
+    # where the adapter lies may change, and PEFT notes its version
+    free = {"base_model_name_or_path", "peft_version"}
+    problems += [
+        Problem(f"{directory}/{CONFIG}: {field} is not what was planned", FIX)
+        for field in sorted((written.keys() | planned.keys()) - free)
+        if (written.get(field) or None) != (planned.get(field) or None)
+    ]
+    return (None if problems else config), problems
+
+
+def _file_problems(directory: Path, source: TorchSource, plan: Plan) -> list[Problem]:
+    """Tensors that are not what was planned, or not what was written."""
+    planned = plan.output.specs
+    problems = [
+        Problem(
+            f"{directory}: {name} is {source.specs.get(name, 'missing')}, not {planned.get(name, 'planned')}",
+            FIX,
+        )
+        for name in sorted(source.specs.keys() | planned.keys())
+        if source.specs.get(name) != planned.get(name)
+    ]
+    record = directory / RECORD
+    if record.is_file():
+        tensors = json.loads(record.read_text())["tensors"]
+        problems += [
+            Problem(f"{directory}: {name} is not what {RECORD} says was written", FIX)
+            for name in sorted(source.specs.keys() & tensors.keys())
+            if xxhash.xxh3_128(raw(source.read(name))).hexdigest() != tensors[name]["checksum"]
+        ]
+    return problems
+
+
+def _saved_problems(directory: Path, config: AdapterConfig, model: Any, plan: Plan) -> list[Problem]:
+    """Modules that PEFT saves whole, and the plan does not; and the other way round."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    pairs = {
+        name for step in plan.output.steps if isinstance(step.writer, AdapterWriter) for name in step.specs
+    }
+    planned = {module_of(name) for name in plan.output.specs.keys() - pairs}
+    return [
+        Problem(f"{directory}: {name} is saved whole by {'PEFT' if name in found else 'the plan'} alone", FIX)
+        for name in sorted(found ^ planned)
+    ] + [
+        Problem(f"{directory}: modules_to_save names {name}, which is no module", FIX)
+        for name in config.modules_to_save
+        if not any(module.endswith(name) for module in planned)
+    ]
+
+
+def _pattern_problems(directory: Path, config: AdapterConfig, modules: Mapping[str, Any]) -> list[Problem]:
+    """Patterns that overlap: PEFT takes the first, and sorts them when it saves the adapter again."""
+    return [
+        Problem(f"{directory}: {len(hits)} patterns of {field} match {module}", FIX)
+        for field, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        )
+        for module in modules
+        if len(hits := config.clock.matching(patterns, module)) > 1
+    ]
+
+
 def load_on_skeleton(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, list[Problem]]:
     """A PeftModel over a skeleton with these weights, and what loading said.
 
@@ -78,8 +166,6 @@ def load_on_skeleton(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> 
         directory: the adapter.
         shapes: shape of every weight of the base model, by the name it has there.
     """
-    import json
-
     from peft import PeftModel
 
     config = json.loads((directory / CONFIG).read_text())
@@ -90,7 +176,8 @@ def load_on_skeleton(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> 
         try:
             model = PeftModel.from_pretrained(_skeleton(shapes, saved), directory, is_trainable=False)
         except Exception as error:
-            raise ProofFailed(Problem(f"{directory}: PEFT cannot load it: {error}", FIX)) from error
+            said = " ".join(str(error).split())[:400]
+            raise ProofFailed(Problem(f"{directory}: PEFT cannot load it: {said}", FIX)) from error
     problems += [
         Problem(f"{directory}: PEFT warns: {str(warning.message).splitlines()[0][:300]}", FIX)
         for warning in caught

@@ -62,8 +62,8 @@ def fit_leaves(leaves: Iterable[str]) -> Fit | None:
     return _best(fits, len(names))
 
 
-def fit_weights(weights: Iterable[str]) -> Fit | None:
-    """The model and layout whose rules fit the PyTorch names best, or None."""
+def fit_weights(weights: Iterable[str]) -> list[Fit]:
+    """The models, in their layouts, whose rules fit the PyTorch names best: several where names do not tell."""
     names = tuple(weights)
     keys = [(name, skeleton(name)[0]) for name in names]
     fits = []
@@ -94,7 +94,12 @@ def fit_weights(weights: Iterable[str]) -> Fit | None:
                         ),
                     )
                 )
-    return _best(fits, len({key for _, key in keys}))
+    best = _best(fits, len({key for _, key in keys}))
+    return (
+        []
+        if best is None
+        else [fit for fit in fits if fit.errors == best.errors and fit.layout == best.layout]
+    )
 
 
 def place_weights(model: Model, layout: Layout, names: Iterable[str]) -> dict[str, Place]:

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from bridge.errors import Problem
+from bridge.formats import Source
+from bridge.formats.location import Location
+from bridge.publish import RECORD
+from bridge.specs import raw
+
 if TYPE_CHECKING:
     from bridge.outputs import Output
     from bridge.pieces import Done
     from bridge.planner import Plan
+
+FIX = "convert again; where it stays, report it with the bridge.json"
 
 #: packages whose version can change an output's bytes
 PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
@@ -66,6 +74,49 @@ def record_text(plan: Plan, output: Output, done: Iterable[Done], sums: Mapping[
         "versions": _versions(),
     }
     return json.dumps(record, indent=2) + "\n"
+
+
+def read_record(root: Location) -> dict[str, Any]:
+    """The record beside an output; empty where there is none, or none that can be read."""
+    text = (root / RECORD).read_bytes()
+    try:
+        record = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def check_record(source: Source) -> tuple[dict[str, bool], list[Problem]]:
+    """Every checksum in a ``bridge.json``: tensors one by one, and the files beside them."""
+    record = read_record(source.root)
+    tensors, files = record.get("tensors"), record.get("files")
+    if not isinstance(tensors, dict) or not isinstance(files, dict):
+        return {}, []
+    problems: list[Problem] = []
+    for name, described in tensors.items():
+        if name not in source.specs:
+            problems.append(Problem(f"{source.root}: {name} is in {RECORD}, and not in the file", FIX))
+            continue
+        if described.get("checksum") == "zeros":
+            continue
+        digest = xxhash.xxh3_128()
+        for _, rows in source.blocks(name):
+            digest.update(raw(rows))
+        if digest.hexdigest() != described.get("checksum"):
+            problems.append(
+                Problem(
+                    f"{source.root}: {name} is not what was written: its checksum differs",
+                    "restore it, or convert again",
+                )
+            )
+    extra = sorted(set(source.specs) - set(tensors))
+    problems += [Problem(f"{source.root}: {name} is in the file, and not in {RECORD}", FIX) for name in extra]
+    for name, checksum in files.items():
+        data = (source.root / name).read_bytes()
+        if data is None or xxhash.xxh3_128(data).hexdigest() != checksum:
+            what = "is missing" if data is None else "is not what was written: its checksum differs"
+            problems.append(Problem(f"{source.root / name} {what}", "restore it, or convert again"))
+    return {str(source.root / RECORD): not problems}, problems
 
 
 def _versions() -> dict[str, str]:

@@ -41,6 +41,9 @@ class Rule:
     weight: str
     axes: str
     lora: Factors | None = None
+    runtime: str | None = None
+    """The einsum by which openpi's JAX code applies one weight to an input, if it is one. A fact from
+    its source, not from the axes above: `verify` holds the two against each other."""
     hold: str | None = None
     """dtype that the runtime holds this weight in whatever the policy's precision, if any."""
 

@@ -59,14 +59,7 @@ def scales(
     location = checkpoint.source.location
     found: dict[str, Scale] = {}
     problems: list[Problem] = []
-    for name, value in given.items():
-        if not (math.isfinite(value) and value > 0):
-            problems.append(
-                Problem(
-                    f"--lora-alpha {name}{'=' if name else ''}{value}: alpha is a positive number",
-                    "take it from the training config's LoRAConfig",
-                )
-            )
+    problems += alpha_problems(given)
     for name in given:
         if name and name not in ranks:
             have = " and ".join(ranks) or "no part"
@@ -104,3 +97,15 @@ def scales(
         elif rank > 0:
             found[part.name] = Scale(part.name, rank, alpha, rslora, origin)
     return found, problems
+
+
+def alpha_problems(given: Mapping[str, float]) -> list[Problem]:
+    """Alphas that are none."""
+    return [
+        Problem(
+            f"--lora-alpha {name}{'=' if name else ''}{value}: alpha is a positive number",
+            "take it from the training config's LoRAConfig",
+        )
+        for name, value in given.items()
+        if not (math.isfinite(value) and value > 0)
+    ]

@@ -76,6 +76,17 @@ def solve(
             break
         unsolved = later
 
+    # a product none of whose axes is known has one length all the same
+    products: defaultdict[tuple[str, ...], list[Seen]] = defaultdict(list)
+    for one in unsolved:
+        products[one.axes].append(one)
+    for axes, members in products.items():
+        length = Counter(one.length for one in members).most_common(1)[0][0]
+        agree = next(one.where for one in members if one.length == length)
+        problems += [
+            _disagree(" x ".join(axes), one, length, agree) for one in members if one.length != length
+        ]
+
     for multiple in model.multiples:
         axis, of = (
             model.canonical.get(multiple.axis, multiple.axis),

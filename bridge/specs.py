@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -35,6 +36,12 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.dtype.name}{list(self.shape)}"
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest weight dtype that holds all values of all of these."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else FLOAT32
 
 
 def raw(array: np.ndarray) -> memoryview:

@@ -18,7 +18,20 @@ from bridge.axes import Index
 from bridge.errors import Problem
 from bridge.formats import Sink
 from bridge.lora import FactorAxes, delta, factor_axes
-from bridge.pieces import Done, FactorReader, Factors, ModuleFactors, Read, Sources, Tick, Weights
+from bridge.names import grouped
+from bridge.pieces import (
+    Done,
+    FactorReader,
+    Factors,
+    LeafFactors,
+    Matrices,
+    ModuleFactors,
+    Piece,
+    Read,
+    Sources,
+    Tick,
+    Weights,
+)
 from bridge.rule import Rule
 from bridge.specs import FLOAT32, Spec, all_finite, raw
 from bridge.writers import AdapterWriter, FactorWriter, Writer, Written
@@ -82,7 +95,9 @@ def _written(
     if isinstance(writer, FactorWriter):
         yield from _write_factors(step, writer, sources, sink, done, faults, tick)
         return
-    factors_at = step.factors.open(rule, sources, done, tick) if step.factors is not None else None
+    modules = step.factors if isinstance(step.factors, ModuleFactors) else None
+    leaves = step.factors if isinstance(step.factors, LeafFactors) else None
+    factors_at = leaves.open(rule, sources, done, tick) if leaves is not None else None
     if isinstance(writer, AdapterWriter):
         assert factors_at is not None
         for index in writer.pairs:
@@ -102,6 +117,10 @@ def _written(
         if factors is not None:
             faults.look_at_factors(piece.index, factors.a, factors.b)
             w = folded(rule, w, factors)
+        matrices = modules.matrices(piece.index, sources, done, tick) if modules is not None else None
+        if matrices is not None and modules is not None:
+            faults.look_at_factors(piece.index, matrices.a, matrices.b)
+            w = merged(rule, piece, matrices, modules.sizes)
         yield from session.put(piece, faults.cast(piece.index, w, writer.dtype))
     yield from session.close()
 
@@ -133,6 +152,21 @@ def _write_factors(
         yield name, leaf
 
 
+def merged(rule: Rule, piece: Piece, matrices: Matrices, sizes: Mapping[str, int]) -> np.ndarray:
+    """A piece plus the product of an adapter's matrices: any weight that is a matrix can have one."""
+    equation = rule.equation
+    b = matrices.b
+    if equation.streams and not equation.placeholders:
+        # the piece is a run of the weight's rows
+        b = b[piece.start : piece.start + len(piece.w)]
+        sizes = {**sizes, equation.left[0]: len(piece.w)}
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = b.astype(FLOAT32, copy=False) @ matrices.a.astype(FLOAT32, copy=False)
+        product *= np.float32(matrices.scale)
+        total: np.ndarray = equation.restore(product, sizes) + piece.w
+        return total
+
+
 def folded(rule: Rule, w: np.ndarray, factors: Factors) -> np.ndarray:
     """w + scale * (a b), in float32 whatever the stored dtypes: rounding comes once, at the end."""
     axes = factor_axes(rule.equation.one)
@@ -154,6 +188,7 @@ class _Faults:
     def __init__(self, step: Step, sources: Sources) -> None:
         self._step, self._sources = step, sources
         self._non_finite: dict[str, list[Index]] = defaultdict(list)
+        self._tensors: dict[str, Index] = {}
         self._overflow: list[Index] = []
 
     def look_at_weight(self, index: Index, w: np.ndarray) -> None:
@@ -161,20 +196,30 @@ class _Faults:
             self._non_finite[self._step.rule.leaf].append(index)
 
     def look_at_factors(self, index: Index, a: np.ndarray, b: np.ndarray) -> None:
-        for name, factor in zip(self._step.rule.factor_leaves or (), (a, b), strict=False):
-            if not all_finite(factor):
+        reader = self._step.factors
+        names: tuple[str, ...] = self._step.rule.factor_leaves or ()
+        if isinstance(reader, ModuleFactors):
+            names = tuple(read[1] for read in reader.modules[index][:2])
+        for name, factor in zip(names, (a, b), strict=True):
+            if all_finite(factor):
+                continue
+            if isinstance(reader, ModuleFactors):
+                self._tensors[name] = index
+            else:
                 self._non_finite[name].append(index)
 
     def cast(self, index: Index, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """``array`` in the dtype it is written in; notes what does not fit."""
         with np.errstate(over="ignore", invalid="ignore"):
             narrow = array.astype(dtype, copy=False)
-        known = any(index in at for at in self._non_finite.values())
+        known = any(index in at for at in (*self._non_finite.values(), self._tensors.values()))
         if (narrow is not array or self._step.factors is not None) and not known and not all_finite(narrow):
             self._overflow.append(index)
         return narrow
 
     def problems(self) -> list[Problem]:
+        if not (self._non_finite or self._tensors or self._overflow):
+            return []  # a step that only writes zeros reads nothing
         where = self._sources[self._step.reads[0][0]].location
         found = [
             Problem(
@@ -183,6 +228,16 @@ class _Faults:
             )
             for name, at in self._non_finite.items()
         ]
+        if self._tensors:
+            assert self._step.factors is not None
+            adapter = self._sources[self._step.factors.reads[0][0]].location
+            found += [
+                Problem(
+                    f"{adapter}: {name} holds values that are not finite",
+                    "training diverged or the file is damaged: convert an earlier step, or copy it again",
+                )
+                for name in grouped(self._tensors)
+            ]
         if self._overflow:
             dtype = self._step.writer.dtype.name
             wide = dtype == "float32"

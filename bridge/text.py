@@ -57,6 +57,8 @@ def head(plan: Plan) -> Iterator[str]:
 def _loss(plan: Plan) -> str:
     if plan.options.compress_to is not None and plan.output.state.holds == "lora":
         return f"modules of a rank above {plan.options.compress_to} are approximated, by SVD"
+    if plan.options.lossy and plan.loss.name == "ROUND":
+        return "factors that do not fit openpi's rank are approximated, by SVD"
     return {
         "EXACT": "every value is kept bit for bit",
         "GAUGE": "the same function, numbers that cancel out may differ",

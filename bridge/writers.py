@@ -68,8 +68,9 @@ class _TensorSession:
 
     def put(self, piece: Piece, w: np.ndarray) -> Iterator[Written]:
         # arranged after the cast: fewer bytes to transpose
+        # an adapter may carry some of a leaf's weights only
         weight = np.ascontiguousarray(self.rule.equation.arrange(w))
-        for name in self.writer.names[piece.index]:
+        for name in self.writer.names.get(piece.index, ()):
             self.sink.write(name, weight, piece.start)
             yield name, weight
 

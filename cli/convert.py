@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bridge.converters import STATES, TARGETS
 
+from .options import lora, ranks
 from .show import columns, common, progress, say
 
 if TYPE_CHECKING:
     from bridge import Plan, Result
 
 FORMATS = sorted({state.name for state in STATES})
-
-
-def _by_expert(
-    what: str, values: tuple[str, ...], ctx: click.Context, option: click.Parameter
-) -> dict[str, float]:
-    """Read ``NUMBER`` and ``EXPERT=NUMBER``, repeated or with commas; ``""`` stands for all experts."""
-    found: dict[str, float] = {}
-    for value in (part for text in values for part in text.split(",")):
-        expert, _, text = value.strip().rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is neither {what} nor EXPERT={what}", ctx, option) from None
-        if not math.isfinite(number) or number <= 0:
-            raise click.BadParameter(f"{value!r}: {what.lower()} is a positive number", ctx, option)
-        if expert in found:
-            raise click.BadParameter(
-                f"{what.lower()} of {expert or 'all experts'} is given twice", ctx, option
-            )
-        found[expert] = number
-    return found
-
-
-def _alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    return _by_expert("ALPHA", values, ctx, option)
-
-
-def _ranks(
-    ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
-) -> int | dict[str, int] | None:
-    found = _by_expert("RANK", values, ctx, option)
-    if any(number != int(number) for number in found.values()):
-        raise click.BadParameter("a rank is a whole number", ctx, option)
-    ranks = {expert: int(number) for expert, number in found.items()}
-    if "" in ranks and len(ranks) > 1:
-        raise click.BadParameter("give one rank, or one for each expert", ctx, option)
-    return ranks.get("", ranks or None)
 
 
 @click.command()
@@ -66,14 +29,7 @@ def _ranks(
     help="dtype to write; default bfloat16, or float32 when LoRA is folded. The narrow ones keep in float32 "
     "what openpi's runtime holds in float32.",
 )
-@click.option(
-    "--lora-alpha",
-    multiple=True,
-    metavar="[EXPERT=]ALPHA",
-    callback=_alphas,
-    help="LoRA alpha of the training config, where the rank is not a stock one. Repeatable.",
-)
-@click.option("--rslora", is_flag=True, help="The run scaled LoRA by alpha / sqrt(rank).")
+@lora
 @click.option("--layout", default="openpi", show_default=True, help="Names: openpi, lerobot or transformers.")
 @click.option(
     "--base", metavar="PATH", help="Weights an adapter applies to; with --to peft-adapter, to compare with."
@@ -85,7 +41,7 @@ def _ranks(
     "--rank",
     multiple=True,
     metavar="[EXPERT=]RANK",
-    callback=_ranks,
+    callback=ranks,
     help="With --to peft-adapter: compress modules to this rank, by SVD. With --to orbax: rank of the LoRA leaves.",
 )
 @click.option(

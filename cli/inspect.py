@@ -79,6 +79,10 @@ def _lora(part: PartDescription) -> str:
     alpha = part.lora["stock_alpha"]
     rank = "/".join(str(each) for each in dict.fromkeys(ranks.values()))
     dtypes = ", ".join(part.lora["dtypes"])
+    if not ranks.keys() <= {"attention", "feed-forward"}:
+        named = dict.fromkeys(ranks.values())
+        kinds = (f"{', '.join(sorted(m for m in ranks if ranks[m] == each))} {each}" for each in named)
+        return f"ranks {'; '.join(kinds)}, {dtypes}"
     return f"rank {rank} {dtypes}, alpha {'not stored' if alpha is None else f'{alpha:g} (stock)'}"
 
 

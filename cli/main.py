@@ -14,8 +14,10 @@ from bridge.errors import Problem, Refusal
 
 from .convert import convert
 from .demo import demo
+from .diff import diff
 from .inspect import inspect
 from .routes import routes
+from .verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -32,7 +34,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.meta["debug"] = debug
 
 
-for command in (convert, inspect, routes, demo):
+for command in (convert, verify, diff, inspect, routes, demo):
     cli.add_command(command)
 
 

@@ -36,13 +36,19 @@ def routes(from_: str | None, to: str | None, as_mermaid: bool, as_json: bool) -
         starts = [state for state in STATES if state.name == from_]
         edges = list(dict.fromkeys(edge for state in starts for edge in route(CONVERTERS, state, to)))
     if as_json:
-        click.echo(json.dumps([_as_json(edge) for edge in edges], indent=2))
+        click.echo(json.dumps({"converters": [_as_json(edge) for edge in edges]}, indent=2))
         return
     if not edges:
         say(f"nothing leads out of {from_}")
         return
     rows = [
-        (edge.name, str(edge.source), str(edge.target), edge.loss.name.lower(), edge.summary)
+        (
+            edge.name,
+            " + ".join((str(edge.source), *sorted(edge.needs))),
+            str(edge.target),
+            edge.loss.name.lower(),
+            edge.summary,
+        )
         for edge in edges
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

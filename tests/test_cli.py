@@ -148,7 +148,7 @@ def test_routes() -> None:
     run = bridge("routes", "orbax", "torch-merged")
     assert [line.split()[0] for line in run.stdout.splitlines()] == ["export", "fold"]
     assert bridge("routes", "--mermaid").stdout.startswith("flowchart LR")
-    edges = json.loads(bridge("routes", "--json").stdout)
+    edges = json.loads(bridge("routes", "--json").stdout)["converters"]
     assert not any(e["from"] == "orbax[base+lora]" and e["name"] == "export" for e in edges)
 
 

@@ -43,7 +43,9 @@ def test_load_into_nnx_example(tmp_path: Path) -> None:
     """The same numbers from the JAX checkpoint and, in memory, from its PyTorch form."""
     said = python(ROOT / "examples/load_into_nnx.py", SAMPLE)
     assert said.startswith("14 actions -> 48: (1, 48)")
-    python("-c", f"import bridge; bridge.convert({str(SAMPLE)!r}, {str(tmp_path / 'out')!r}, to='torch-base')")
+    python(
+        "-c", f"import bridge; bridge.convert({str(SAMPLE)!r}, {str(tmp_path / 'out')!r}, to='torch-base')"
+    )
     assert python(ROOT / "examples/load_into_nnx.py", tmp_path / "out") == said
 
 

@@ -20,8 +20,8 @@ from bridge.axes import Equation
 from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats import Block, stream
 from bridge.formats.location import Location
+from bridge.inputs import Inputs
 from bridge.lora import delta, factor_axes
-from bridge.outputs import Inputs
 from bridge.pieces import LeafFactors, LeafWeights
 from bridge.planner import Plan
 from bridge.rule import Factors, Rule

@@ -1,0 +1,190 @@
+"""What differs between two checkpoints, in any two formats: how a user sees what a fine-tune trained.
+
+LoRA counts as what it does to a weight: the effective weights are compared, with factors summed
+in. Streams both; holds one weight of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.lora import join, singular_values, split
+from bridge.pieces import Factors
+from bridge.sides import Both, Held, counter, open_side, same_model, walk
+from bridge.specs import FLOAT32
+from bridge.step import folded
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One weight on both sides."""
+
+    name: str
+    part: str
+    leaf: str
+    index: tuple[int, ...]
+    dtype_a: str
+    dtype_b: str
+    gap: float
+    """Norm of b - a."""
+    norm: float
+    """Norm of a."""
+    max_abs: float
+    lora: str
+    """``""``, or which sides carry factors: ``"a"``, ``"b"``, ``"both"``."""
+    spectrum: tuple[float, ...] = ()
+    """Singular values of the LoRA product of the side that carries it, largest first."""
+
+    @property
+    def relative(self) -> float:
+        """Norm of b - a over the norm of a."""
+        return self.gap / self.norm if self.norm else float(self.gap > 0)
+
+    @property
+    def changed(self) -> bool:
+        return self.max_abs > 0
+
+    @property
+    def effective_rank(self) -> float | None:
+        """exp of the entropy of the squared singular values: how many directions a product uses."""
+        power = np.square(np.asarray(self.spectrum, np.float64))
+        if not power.sum():
+            return None
+        share = power[power > 0] / power.sum()
+        return float(np.exp(-(share * np.log(share)).sum()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints, compared."""
+
+    a: str
+    b: str
+    model: str
+    states: tuple[str, str]
+    differences: tuple[Difference, ...]
+
+    @property
+    def changed(self) -> tuple[Difference, ...]:
+        """The weights that differ, most first."""
+        return tuple(sorted((d for d in self.differences if d.changed), key=lambda d: -d.relative))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "a": self.a,
+            "b": self.b,
+            "model": self.model,
+            "states": list(self.states),
+            "weights": len(self.differences),
+            "changed": len(self.changed),
+            "differences": [
+                vars(d) | {"relative": d.relative, "changed": d.changed, "effective_rank": d.effective_rank}
+                for d in self.differences
+            ],
+        }
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    base: str | Path | None = None,
+    lora_alpha: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compare the effective weights of two checkpoints.
+
+    Args:
+        a: a checkpoint, the one differences are relative to.
+        b: another of the same model.
+        base: what an adapter among the two applies to.
+        lora_alpha: alpha by expert, where LoRA of other than stock ranks is among the two.
+        rslora: the run used rank-stabilised LoRA.
+        progress: called with the bytes dealt with, and their total.
+
+    Raises:
+        Refusal: one of them cannot be read, or they are of different models or dimensions.
+    """
+    from bridge.verify import alphas_for
+
+    alphas, root = alphas_for((b, a), lora_alpha, rslora)
+    sides = open_side(a, base, alphas, root), open_side(b, base, alphas, root)
+    model = same_model(*sides)
+    found: dict[str, Difference] = {}
+    for both in walk(*sides, counter(sides, progress)):
+        one = _difference(both)
+        before = found.get(one.name)
+        found[one.name] = one if before is None else _together(before, one)
+    return Comparison(
+        str(sides[0].checkpoint.source.location),
+        str(sides[1].checkpoint.source.location),
+        model.name,
+        (str(sides[0].checkpoint.state), str(sides[1].checkpoint.state)),
+        tuple(found.values()),
+    )
+
+
+def _difference(both: Both) -> Difference:
+    gap, norm, largest = _gap(both)
+    held = both.b if both.b.has_factors else both.a
+    carries = (both.a.has_factors, both.b.has_factors)
+    return Difference(
+        both.name,
+        both.part.name,
+        both.rule.leaf,
+        both.index,
+        both.a.w.dtype.name,
+        both.b.w.dtype.name,
+        gap,
+        norm,
+        largest,
+        {(True, True): "both", (True, False): "a", (False, True): "b"}.get(carries, ""),
+        _spectrum(both, held) if held.has_factors else (),
+    )
+
+
+def _together(a: Difference, b: Difference) -> Difference:
+    """Two runs of rows of one weight."""
+    return replace(
+        a, gap=math.hypot(a.gap, b.gap), norm=math.hypot(a.norm, b.norm), max_abs=max(a.max_abs, b.max_abs)
+    )
+
+
+def _gap(both: Both) -> tuple[float, float, float]:
+    """Norms of b - a and of a, and the largest difference."""
+    a, b = effective(both, both.a), effective(both, both.b)
+    gap = b - a
+    return float(np.linalg.norm(gap)), float(np.linalg.norm(a)), float(np.abs(gap).max(initial=0))
+
+
+def effective(both: Both, held: Held) -> np.ndarray:
+    """The weight a side computes with, in the leaf's axes, float32."""
+    factors = _factors(both, held)
+    return held.w.astype(FLOAT32) if factors is None else folded(both.rule, held.w, factors)
+
+
+def _factors(both: Both, held: Held) -> Factors | None:
+    if held.matrices is None:
+        return held.factors
+    one = both.rule.equation.one
+    sizes = dict(zip(one.left, held.w.shape, strict=True))
+    return Factors(*join(one, held.matrices.a, held.matrices.b, sizes), held.matrices.scale)
+
+
+def _spectrum(both: Both, held: Held) -> tuple[float, ...]:
+    """Singular values of the scaled LoRA product, without forming it."""
+    if held.matrices is not None:
+        lora_a, lora_b, scale = held.matrices.a, held.matrices.b, held.matrices.scale
+    else:
+        assert held.factors is not None
+        wide = (held.factors.a.astype(FLOAT32), held.factors.b.astype(FLOAT32))
+        (lora_a, lora_b), scale = split(both.rule.equation.one, *wide), held.factors.scale
+    values = singular_values(lora_a.astype(FLOAT32), lora_b.astype(FLOAT32)) * abs(scale)
+    return tuple(float(value) for value in values)

@@ -1,0 +1,150 @@
+"""``bridge verify``."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import lora
+from .show import common, progress, say
+
+if TYPE_CHECKING:
+    from bridge.verify import Check, Verdict
+
+#: modules named one by one when the proof fails
+SHOWN = 12
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", required=False)
+@click.option("--base", metavar="PATH", help="Weights that an adapter among the two applies to.")
+@lora
+@click.option(
+    "--rtol", type=click.FloatRange(0, min_open=True), help="Relative difference allowed; by dtype and size."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option("--full-model", is_flag=True, help="Also sample actions with stock transformers (pi0).")
+@click.option("--reference", type=click.Path(exists=True, dir_okay=False), help="Recorded actions, an .npz.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
+@common
+def verify(
+    src: str,
+    dst: str | None,
+    base: str | None,
+    lora_alpha: dict[str, float],
+    rslora: bool,
+    rtol: float | None,
+    seed: int,
+    full_model: bool,
+    reference: str | None,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Prove that SRC and DST are the same policy; exit status 1 when they are not.
+
+    Random inputs go through openpi's equations in jax on the one side and through torch on the
+    other; all other weights must be equal after the cast; checksums and norm stats are compared.
+    SRC alone is checked against its own bridge.json.
+    """
+    from bridge.verify import verify as prove
+
+    if full_model != (reference is not None):
+        raise click.UsageError(
+            "--full-model and --reference go together: the one runs what the other recorded"
+        )
+    with progress("verifying", quiet=as_json) as show:
+        verdict = prove(
+            src,
+            dst,
+            base=base,
+            lora_alpha=lora_alpha or None,
+            rslora=rslora,
+            rtol=rtol,
+            seed=seed,
+            reference=reference,
+            progress=show,
+        )
+    if report is not None:
+        from bridge.report import verify_report
+
+        report.write_text(verify_report(verdict), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(verdict.as_json(), indent=2))
+    else:
+        _print(verdict)
+        if report is not None:
+            say(f"report       {report}")
+    if not verdict.holds:
+        raise click.exceptions.Exit(1)
+
+
+def _print(verdict: Verdict) -> None:
+    say(f"source       {verdict.source}")
+    say(f"destination  {verdict.destination}")
+    if verdict.checks:
+        counts = verdict.counts
+        say(
+            f"checked      {len(verdict.checks)} weights of {verdict.model}: {counts.get('runtime', 0)} run by both "
+            f"runtimes, {counts.get('equal', 0)} equal after the cast; none unchecked"
+        )
+        for name, why in verdict.unused.items():
+            say(f"unused       {name}: {why}")
+        say("")
+        _table(verdict)
+        say("")
+    for name, good in verdict.files.items():
+        say(f"{'file holds' if good else 'file fails':12} {name}")
+    if verdict.actions is not None:
+        actions = verdict.actions
+        say(
+            f"actions      max_abs {actions['max_abs']:.1e}, mean_abs {actions['mean_abs']:.1e} "
+            f"(allowed {actions['allowed']:.0e}), stock transformers"
+        )
+    if verdict.holds:
+        say(
+            click.style("the same policy", fg="green")
+            if verdict.checks
+            else click.style("as written", fg="green")
+        )
+        return
+    for problem in verdict.problems[:SHOWN]:
+        say(f"{click.style('fails', fg='red')}        {problem.cause}")
+    if len(verdict.problems) > SHOWN:
+        say(f"             and {len(verdict.problems) - SHOWN} more: --json lists them all")
+    say(f"fix          {verdict.problems[0].fix}")
+
+
+def _table(verdict: Verdict) -> None:
+    groups: defaultdict[tuple[str, str], list[Check]] = defaultdict(list)
+    for check in verdict.checks:
+        key = check.leaf.removeprefix("PaliGemma/") if check.kind == "runtime" else f"{check.part}, equality"
+        groups[check.kind, key].append(check)
+    head = ("weights", "count", "max_abs", "mean_abs", "relative", "allowed", "in bfloat16")
+    rows = [head]
+    for (kind, key), checks in groups.items():
+        worst = max(checks, key=lambda check: check.relative)
+        narrow = max((check.bfloat16 or 0.0 for check in checks), default=0.0)
+        rows.append(
+            (
+                key,
+                str(len(checks)),
+                f"{max(check.max_abs for check in checks):.1e}",
+                f"{max(check.mean_abs for check in checks):.1e}",
+                f"{worst.relative:.1e}",
+                f"{worst.allowed:.1e}" if kind == "runtime" else "equal",
+                f"{narrow:.1e}" if kind == "runtime" else "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        cells = [
+            f"{cell:{w}}" if i == 0 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = "  " + "  ".join(cells).rstrip()
+        say(click.style(line, dim=True) if number == 0 else line)
