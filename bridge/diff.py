@@ -48,7 +48,8 @@ class Difference:
 
     @property
     def changed(self) -> bool:
-        return self.max_abs > 0
+        # not `> 0`: a weight that is not a number differs
+        return self.max_abs != 0
 
     @property
     def effective_rank(self) -> float | None:

@@ -286,7 +286,8 @@ def _equality(both: Both) -> Check:
 
 def _worse(a: Check, b: Check) -> Check:
     """Runs of rows of one weight as one: the worst of both."""
-    return a if a.relative >= b.relative else b
+    # a difference that is not a number is the worst there is
+    return b if b.relative > a.relative or b.relative != b.relative else a
 
 
 def _difference(check: Check) -> str:

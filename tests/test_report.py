@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -105,9 +107,14 @@ PAGES = {
 }
 
 
+@functools.cache
+def made(kind: str) -> str:
+    return PAGES[kind]()
+
+
 @pytest.mark.parametrize("kind", PAGES)
 def test_page_is_whole_and_needs_nothing_else(kind: str) -> None:
-    html = PAGES[kind]()
+    html = made(kind)
     page = Reader(html)
     assert html.startswith("<!DOCTYPE html>")
     assert not {"script", "link", "img", "image", "iframe", "object"} & set(page.seen)
@@ -120,10 +127,11 @@ def test_page_is_whole_and_needs_nothing_else(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_every_kind_of_module_is_in_table_and_plots(kind: str) -> None:
-    text = Reader(PAGES[kind]()).text
+    page = Reader(made(kind))
+    words = [word.strip() for word in page.words]
     for module in MODULES:
-        assert f"layers.{{0..2}}.{module}.weight" in text  # the table
-        assert text.count(f"{module.split('.')[-1]}\n") or text.count(module.split(".")[-1]) > 5  # the plots
+        assert f"layers.{{0..2}}.{module}.weight" in page.text  # the table
+        assert module.split(".")[-1] in words  # the plots
 
 
 def test_verdict_comes_first() -> None:
@@ -176,6 +184,7 @@ def test_names_and_paths_are_escaped() -> None:
         assert "script" not in page.seen and "alert('&')" in page.text
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:bridge.diff")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e-300, 1e300])
 def test_odd_numbers_do_not_break_it(value: float) -> None:
     odd = dataclasses.replace(check(f"{STACK}.layers.0.mlp.up_proj.weight", value), bfloat16=value)
@@ -202,13 +211,14 @@ def test_empty_ones_do_not_break_it() -> None:
 
 
 def test_same_bytes_every_time() -> None:
-    assert all(make() == make() for make in PAGES.values())
+    assert all(make() == made(kind) for kind, make in PAGES.items())
     code = "from tests.test_report import PAGES; print(hash_of(''.join(make() for make in PAGES.values())))"
     code = "import zlib\nhash_of = lambda text: zlib.crc32(text.encode())\n" + code
     runs = [
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
             check=True,

@@ -161,6 +161,8 @@ def _drift(checks: Sequence[Check]) -> list[Html]:
         "The same inputs in float32, and in bfloat16 as policies run: what precision costs. "
         "A dot for each layer; the stroke is what float32 is allowed."
     )
+    if any(0 in (check.relative, check.bfloat16) for check in checks):
+        note += " Zeros stand at the left edge."
     return [section("Drift in bfloat16 beside float32", note, tag("p", *map(Html, legend)), panels(plots))]
 
 

@@ -7,7 +7,6 @@ drawing unit is one CSS pixel. Imports matplotlib when something is drawn.
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 import zlib
@@ -86,7 +85,7 @@ class Scale:
         if len(whole) > 1:
             return {float(n): _power(n) for n in whole[:: 1 + len(whole) // 8]}
         steps = [(k, n) for n in range(math.floor(self.low), math.ceil(self.high)) for k in (1, 2, 5)]
-        found = {math.log10(k) + n: f"{k}·{_power(n)}" for k, n in steps}
+        found = {math.log10(k) + n: f"{k}·{_power(n)}".removeprefix("1·") for k, n in steps}
         return {place: label for place, label in found.items() if self.low <= place <= self.high}
 
 
@@ -134,15 +133,16 @@ def colour_key(
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Rectangle
 
-    left, width = 14 + 56 * zero, 300
-    with _drawing(left + width + 14 + 56 * broken, 54) as figure:
+    left, width = 22 + 48 * zero, 300
+    with _drawing(left + width + 22 + 48 * broken, 54) as figure:
         axes = _axes(figure, left, 20, width, 12)
         axes.set(xlim=(scale.low, scale.high), ylim=(0, 1))
         edges = np.linspace(scale.low, scale.high, 65)
-        bars = [[(a, 0), (a, 1), (b, 1), (b, 0)] for a, b in itertools.pairwise(edges)]
+        # each bar reaches to the end, below the next ones: no seams
+        bars = [[(a, 0), (a, 1), (edges[-1], 1), (edges[-1], 0)] for a in edges[:-1]]
         middles = (edges[:-1] + edges[1:]) / 2
         colours = [scale.colour(float(value)) for value in (middles if scale.linear else 10**middles)]
-        axes.add_collection(PolyCollection(bars, facecolors=colours, edgecolors=colours, lw=0.4))
+        axes.add_collection(PolyCollection(bars, facecolors=colours, lw=0))
         if allowed:
             place = scale.at(max(allowed))
             axes.plot([place, place], [-0.25, 1.3], color=INK, lw=1.6, clip_on=False)
