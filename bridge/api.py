@@ -18,7 +18,7 @@ from bridge.formats import Source
 from bridge.formats.location import Location
 from bridge.planner import Plan, plan
 from bridge.runner import Progress, Result, run, run_steps
-from bridge.specs import BFLOAT16, Spec
+from bridge.specs import BFLOAT16, Spec, box
 from bridge.tree import ROOT
 
 if TYPE_CHECKING:
@@ -147,11 +147,8 @@ class _Memory:
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self.arrays = arrays
 
-    def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
-        if array.shape == self.arrays[name].shape:
-            self.arrays[name][...] = array
-        else:
-            self.arrays[name][start : start + len(array)] = array
+    def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
+        self.arrays[name][box(at or (0,) * array.ndim, array.shape)] = array
 
     def finish(self) -> None:
         pass

@@ -27,6 +27,7 @@ from bridge.rule import Rule
 from bridge.scales import Scale
 from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec, widest
 from bridge.step import Step
+from bridge.tiles import TILE
 from bridge.tree import ROOT, SUFFIX
 from bridge.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
 
@@ -262,6 +263,10 @@ def _replaced_steps(inputs: Inputs, layout: Layout, replaced: tuple[str, ...]) -
             yield _step(inputs, part, rule, weights, None, TensorWriter(names, spec), leaf_spec)
 
 
+#: what the tiles of a worker take
+TILES = 4 * TILE * FLOAT32.itemsize
+
+
 def _step(
     inputs: Inputs,
     part: Part,
@@ -282,20 +287,12 @@ def _memory(inputs: Inputs, step: Step) -> int:
     # a leaf's factors are read whole; a module's are read a pair at a time
     factors = sum(s.nbytes for s in specs) if isinstance(step.factors, LeafFactors) else 0
     one = max((spec.size for spec in step.specs.values()), default=0)
-    largest = max((spec.nbytes for spec in step.specs.values()), default=0)
     if step.weights is None:
         return factors + 6 * one * FLOAT32.itemsize
-    equation = step.rule.equation
+    assert isinstance(step.writer, TensorWriter | LeafWriter)
     source, name = step.weights.reads[0]
-    whole = inputs.spec((source, name)).nbytes
-    if not equation.streams:
-        return 2 * whole + 2 * largest
-    block = inputs.sources[source].buffered_bytes(name)
-    if not equation.placeholders:
-        return 3 * block + factors
-    held = block if isinstance(step.weights, LeafWeights) else whole
-    folded = 2 * one * FLOAT32.itemsize if step.factors is not None else 0
-    return held + factors + folded + 2 * largest
+    slab = inputs.sources[source].buffered_bytes(name)
+    return slab + factors + step.writer.held(step.rule, step.sizes) + TILES
 
 
 def _dtype(rule: Rule, stored: np.dtype, dtype: str) -> np.dtype:

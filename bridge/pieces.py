@@ -1,24 +1,26 @@
-"""How one rule's weight is read: pieces of a leaf, whatever the container it lies in.
+"""How one rule's weights are read, whatever the container they lie in.
 
-Every converter works on the same thing, a *piece*: what a leaf holds of one weight, in the
-leaf's own axes, and the LoRA factors that belong to it. Containers differ only in the readers
-here and the writers of :mod:`bridge.writers`. Readers hold no data and can be pickled.
+Every converter works on the same thing, a *region*: a box of one weight, in the leaf's own axes,
+as much as a slab of the container holds of it. Containers differ only in the readers here and the
+writers of :mod:`bridge.writers`. Readers hold no data and can be pickled. Who needs weights whole
+asks for :func:`pieces`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
 
-from bridge.axes import Index
+from bridge.axes import UNIT, Index
 from bridge.errors import Problem
-from bridge.formats import Source
+from bridge.formats import Source, Spent
 from bridge.lora import join
 from bridge.rule import Rule
-from bridge.specs import raw
+from bridge.specs import box, raw
 
 Tick = Callable[[int], None]
 """Called with the number of source bytes (uncompressed) dealt with since the last call."""
@@ -28,6 +30,17 @@ Sources = Mapping[str, Source]
 
 Read = tuple[str, str]
 """An array that is read: which source, and its name there."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of one weight, in the leaf's axes (placeholders and unit axes taken out)."""
+
+    index: Index
+    at: tuple[int, ...]
+    """Position of its first element."""
+    w: np.ndarray
+    """Valid until the next region."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Done:
     written: dict[str, str] = field(default_factory=dict)
     """Checksum of every tensor written, by name."""
     problems: list[Problem] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
 
 
 @dataclass(frozen=True)
@@ -86,24 +100,26 @@ class LeafWeights:
     def reads(self) -> tuple[Read, ...]:
         return ((self.source, self.name),)
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
+    def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
+        """Every weight of the leaf, as it is stored: in C order."""
         source, equation = sources[self.source], rule.equation
-        if not equation.streams:
-            for index, one in equation.slices(whole(source, self.reads[0], done, tick)):
-                yield Piece(index, 0, one)
-            return
         digest = xxhash.xxh3_128()
-        for first, rows in source.blocks(self.name):
-            digest.update(raw(rows))
-            if equation.placeholders:
-                for index, one in equation.slices(rows):
-                    # the first placeholder is the axis that the blocks run along
-                    yield Piece((index[0] + first, *index[1:]), 0, one)
-            else:
-                yield Piece((), first, rows)
+        for at, values in source.slabs(self.name, None, done.spent):
+            digest.update(raw(values))
+            named = {axis: n for axis, n in zip(equation.left, at, strict=True) if axis != UNIT}
+            inside = tuple(named[axis] for axis in equation.one.left)
+            for index, one in equation.slices(values):
+                numbers = zip(index, equation.placeholders, strict=True)
+                yield Region(tuple(n + named[axis] for n, axis in numbers), inside, one)
             if tick is not None:
-                tick(rows.nbytes)
+                tick(values.nbytes)
         done.read[self.reads[0]] = digest.hexdigest()
+
+    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
+        """Every weight whole, or in runs of rows: see :func:`pieces`."""
+        shape = sources[self.source].specs[self.name].shape
+        sizes = dict(zip(rule.equation.left, shape, strict=True))
+        return pieces(self, rule, sizes, sources, done, tick)
 
 
 @dataclass(frozen=True)
@@ -119,28 +135,16 @@ class TensorWeights:
     def reads(self) -> tuple[Read, ...]:
         return (*self.tensors.values(), *self.twins.values())
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
-        equation = rule.equation
-        for index, read in self.tensors.items():
-            source = sources[read[0]]
-            if equation.placeholders or not equation.streams:
-                tensor = whole(source, read, done, tick)
-                yield Piece(index, 0, equation.restore(tensor, self.sizes))
-                continue
-            digest = xxhash.xxh3_128()
-            for first, rows in source.blocks(read[1]):
-                digest.update(raw(rows))
-                sizes = {**self.sizes, equation.left[0]: len(rows)}
-                yield Piece(index, first, equation.restore(rows, sizes))
-                if tick is not None:
-                    tick(rows.nbytes)
-            done.read[read] = digest.hexdigest()
+    def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
+        """Every weight, one tensor after the other."""
+        for index in self.tensors:
+            yield from self.regions_of(index, rule, sources, done, tick)
         for index, twin in self.twins.items():
             digest = xxhash.xxh3_128()
-            for _, rows in sources[twin[0]].blocks(twin[1]):
-                digest.update(raw(rows))
+            for _, values in sources[twin[0]].slabs(twin[1], None, done.spent):
+                digest.update(raw(values))
                 if tick is not None:
-                    tick(rows.nbytes)
+                    tick(values.nbytes)
             done.read[twin] = digest.hexdigest()
             if done.read[twin] != done.read[self.tensors[index]]:
                 done.problems.append(
@@ -150,6 +154,25 @@ class TensorWeights:
                         "training untied them: save the checkpoint with the one that is used under both names",
                     )
                 )
+
+    def regions_of(
+        self, index: Index, rule: Rule, sources: Sources, done: Done, tick: Tick | None
+    ) -> Iterator[Region]:
+        """One weight, from its tensor."""
+        read, one = self.tensors[index], rule.equation.one
+        axes = [axis for group in one.right for axis in group]
+        order = [axes.index(axis) for axis in one.left]
+        digest = xxhash.xxh3_128()
+        for at, values in sources[read[0]].slabs(read[1], tuple(self.sizes[a] for a in axes), done.spent):
+            digest.update(raw(values))
+            yield Region(index, tuple(at[axis] for axis in order), values.transpose(order))
+            if tick is not None:
+                tick(values.nbytes)
+        done.read[read] = digest.hexdigest()
+
+    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
+        """Every weight whole, or in runs of rows: see :func:`pieces`."""
+        return pieces(self, rule, self.sizes, sources, done, tick)
 
 
 @dataclass(frozen=True)
@@ -169,17 +192,23 @@ class ReplacedWeights:
         """Whether any weight still comes from where the others are."""
         return self.own.keys() != {()}
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
+    def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
+        """Every weight, from where it is taken."""
+        own = TensorWeights(self.own, self.sizes)
         if not self.rule_has_more:
-            yield from TensorWeights(self.own, self.sizes).pieces(rule, sources, done, tick)
+            yield from own.regions(rule, sources, done, tick)
             return
-        for piece in self.weights.pieces(rule, sources, done, tick):
-            if piece.index in self.own:
-                read = self.own[piece.index]
-                tensor = whole(sources[read[0]], read, done, tick)
-                yield Piece(piece.index, 0, rule.equation.restore(tensor, self.sizes))
-            else:
-                yield piece
+        taken: set[Index] = set()
+        for region in self.weights.regions(rule, sources, done, tick):
+            if region.index not in self.own:
+                yield region
+            elif region.index not in taken:
+                taken.add(region.index)
+                yield from own.regions_of(region.index, rule, sources, done, tick)
+
+    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
+        """Every weight whole, or in runs of rows: see :func:`pieces`."""
+        return pieces(self, rule, self.sizes, sources, done, tick)
 
 
 @dataclass(frozen=True)
@@ -240,6 +269,37 @@ class ModuleFactors:
 
 Weights = LeafWeights | TensorWeights | ReplacedWeights
 FactorReader = LeafFactors | ModuleFactors
+
+
+def pieces(
+    weights: Weights,
+    rule: Rule,
+    sizes: Mapping[str, int],
+    sources: Sources,
+    done: Done,
+    tick: Tick | None,
+) -> Iterator[Piece]:
+    """Weights put together from their regions: whole, or in runs of whole rows where a leaf is one
+    weight that streams (an embedding). A piece is valid until the next.
+    """
+    equation = rule.equation
+    one = equation.one
+    full = tuple(sizes[axis] for axis in one.left)
+    in_rows = equation.streams and not equation.placeholders
+    building: dict[Index, tuple[np.ndarray, list[int]]] = {}
+    for region in weights.regions(rule, sources, done, tick):
+        shape = region.w.shape
+        if shape == full or (in_rows and shape[1:] == full[1:]):
+            yield Piece(region.index, region.at[0] if region.at else 0, region.w)
+            continue
+        if region.index not in building:
+            building[region.index] = (np.empty(full, region.w.dtype), [math.prod(full)])
+        whole_one, left = building[region.index]
+        whole_one[box(region.at, shape)] = region.w
+        left[0] -= region.w.size
+        if not left[0]:
+            del building[region.index]
+            yield Piece(region.index, 0, whole_one)
 
 
 def whole(source: Source, read: Read, done: Done, tick: Tick | None) -> np.ndarray:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("keep", *WEIGHT_DTYPES)
 
+#: what steps running at once may take together
+MEMORY = 512 << 20
+
 #: what the interpreter with numpy, TensorStore and zstandard takes
 RESIDENT = 90 << 20
 
@@ -119,9 +122,9 @@ class Plan:
 
     @property
     def memory_budget(self) -> int:
-        """Bytes that steps running at once may take: the largest decides, small ones share."""
+        """Bytes that steps running at once may take together; a larger one runs alone."""
         largest = max((step.memory for step in self.steps), default=0)
-        return max(largest, 256 << 20)
+        return max(largest, MEMORY)
 
     @property
     def memory(self) -> int:

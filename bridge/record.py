@@ -100,8 +100,8 @@ def check_record(source: Source) -> tuple[dict[str, bool], list[Problem]]:
         if described.get("checksum") == "zeros":
             continue
         digest = xxhash.xxh3_128()
-        for _, rows in source.blocks(name):
-            digest.update(raw(rows))
+        for _, values in source.slabs(name):
+            digest.update(raw(values))
         if digest.hexdigest() != described.get("checksum"):
             problems.append(
                 Problem(

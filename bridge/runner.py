@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.errors import Problem, Refusal, ValueRefused, refuse_if
@@ -89,7 +92,7 @@ def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Exe
     assert format.create is not None
     place = directory / output.where
     place.mkdir(exist_ok=True)
-    sink = format.create(place, output.specs, output.header)
+    sink = format.create(place, output.specs, output.header, output.zeros)
     done = run_steps(plan, output, sink, tick, executor)
     sink.finish()
     for name, data in output.files.items():
@@ -111,8 +114,8 @@ def run_steps(
         Refusal: the source cannot be read.
     """
     sources, steps = plan.inputs.sources, output.steps
-    # the largest first: it would otherwise run alone at the end
-    order = deque(sorted(range(len(steps)), key=lambda i: (-steps[i].memory, i)))
+    # the longest first: it would otherwise run alone at the end
+    order = deque(sorted(range(len(steps)), key=lambda i: (-steps[i].bytes_read - steps[i].bytes_written, i)))
     done: dict[int, Done] = {}
     running: dict[Future[Done], int] = {}
     own = ThreadPoolExecutor(plan.workers, thread_name_prefix="bridge") if executor is None else None
@@ -124,6 +127,8 @@ def run_steps(
         assert executor is not None
         return executor.submit(run_step, step, sources, sink)
 
+    # a worker is a thread already: threads of the linear algebra's own would only wait for each other
+    blas = threadpool_limits(1, user_api="blas") if own is not None else contextlib.nullcontext()
     try:
         while order or running:
             held = sum(steps[i].memory for i in running.values())
@@ -149,6 +154,7 @@ def run_steps(
             own.shutdown(wait=True, cancel_futures=True)
         else:
             wait(running)
+        blas.__exit__(None, None, None)
     ordered = [done[i] for i in range(len(steps))]
     refuse_if((problem for each in ordered for problem in each.problems), ValueRefused)
     return ordered

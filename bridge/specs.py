@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -56,3 +57,31 @@ def all_finite(array: np.ndarray) -> bool:
         exponent = np.uint16(0x7F80)
         return not bool(((array.view(np.uint16) & exponent) == exponent).any())
     return bool(np.isfinite(array).all())
+
+
+def run_shape(spec: Spec, limit: int) -> tuple[int, ...]:
+    """Shape of the longest run of whole entries that takes at most ``limit`` bytes: (1, …, n, *rest).
+
+    Runs follow each other in C order. At least one entry of the last axis, whatever its size.
+    """
+    shape = list(spec.shape)
+    size = spec.nbytes
+    for axis, length in enumerate(shape):
+        if size <= limit or length == 0:
+            break
+        size //= length
+        shape[axis] = max(1, limit // max(size, 1))
+        if shape[axis] > 1:
+            break
+    return tuple(shape)
+
+
+def cells(shape: tuple[int, ...], cell: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut an array into cells, in C order: the position of each, and its shape (smaller at the edge)."""
+    for at in itertools.product(*(range(0, n, max(c, 1)) for n, c in zip(shape, cell, strict=True))):
+        yield at, tuple(min(c, n - a) for a, n, c in zip(at, shape, cell, strict=True))
+
+
+def box(at: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of an array that begins at a position and has a shape."""
+    return tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))

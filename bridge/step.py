@@ -1,12 +1,13 @@
 """One unit of work: one rule's weight from where it lies to where it goes, streamed.
 
 A step says by itself what it reads and writes; it holds no data, shares nothing with other
-steps, and can be pickled, so that any executor can run it. At most one block of a leaf, its
-factors and one weight are in memory.
+steps, and can be pickled, so that any executor can run it. At most one slab of a leaf, its
+factors and one weight as it is written are in memory.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import xxhash
 
 from bridge.axes import Index
 from bridge.errors import Problem
-from bridge.formats import Sink
-from bridge.lora import FactorAxes, delta, factor_axes
+from bridge.formats import Sink, Spent
+from bridge.lora import FactorAxes, delta, factor_axes, split
 from bridge.names import grouped
 from bridge.pieces import (
     Done,
@@ -26,7 +27,6 @@ from bridge.pieces import (
     LeafFactors,
     Matrices,
     ModuleFactors,
-    Piece,
     Read,
     Sources,
     Tick,
@@ -67,6 +67,11 @@ class Step:
         return self.writer.specs
 
     @property
+    def sizes(self) -> Mapping[str, int]:
+        """Length of every axis of the leaf, by the rule's names."""
+        return dict(zip(self.rule.equation.left, self.leaf_spec.shape, strict=True))
+
+    @property
     def bytes_written(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
@@ -80,11 +85,27 @@ def run_step(step: Step, sources: Sources, sink: Sink, tick: Tick | None = None)
     done = Done()
     faults = _Faults(step, sources)
     sums = {name: xxhash.xxh3_128() for name in step.specs}
-    for name, array in _written(step, sources, sink, done, faults, tick):
+    for name, array in _written(step, sources, _Timed(sink, done.spent), done, faults, tick):
         sums[name].update(raw(array))
     done.written = {name: digest.hexdigest() for name, digest in sums.items()}
     done.problems += faults.problems()
     return done
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A sink that takes note of the time it takes."""
+
+    sink: Sink
+    spent: Spent
+
+    def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
+        began = time.perf_counter()
+        self.sink.write(name, array, at)
+        self.spent.write += time.perf_counter() - began
+
+    def finish(self) -> None:
+        self.sink.finish()
 
 
 def _written(
@@ -95,11 +116,9 @@ def _written(
     if isinstance(writer, FactorWriter):
         yield from _write_factors(step, writer, sources, sink, done, faults, tick)
         return
-    modules = step.factors if isinstance(step.factors, ModuleFactors) else None
-    leaves = step.factors if isinstance(step.factors, LeafFactors) else None
-    factors_at = leaves.open(rule, sources, done, tick) if leaves is not None else None
     if isinstance(writer, AdapterWriter):
-        assert factors_at is not None
+        assert isinstance(step.factors, LeafFactors)
+        factors_at = step.factors.open(rule, sources, done, tick)
         for index in writer.pairs:
             factors = factors_at(index)
             assert factors is not None
@@ -109,20 +128,49 @@ def _written(
             yield from writer.write(sink, index, cast)
         return
     assert step.weights is not None
-    session = writer.open(rule, sink)
-    for piece in step.weights.pieces(rule, sources, done, tick):
-        faults.look_at_weight(piece.index, piece.w)
-        w = piece.w
-        factors = factors_at(piece.index) if factors_at is not None else None
-        if factors is not None:
-            faults.look_at_factors(piece.index, factors.a, factors.b)
-            w = folded(rule, w, factors)
-        matrices = modules.matrices(piece.index, sources, done, tick) if modules is not None else None
-        if matrices is not None and modules is not None:
-            faults.look_at_factors(piece.index, matrices.a, matrices.b)
-            w = merged(rule, piece, matrices, modules.sizes)
-        yield from session.put(piece, faults.cast(piece.index, w, writer.dtype))
-    yield from session.close()
+    session = writer.open(rule, step.sizes, sink, faults)
+    changes = _Changes(step, sources, done, faults, tick)
+    for region in step.weights.regions(rule, sources, done, tick):
+        yield from session.put(region, changes.at(region.index))
+    session.close()
+
+
+class _Changes:
+    """The low-rank change of each weight, as two matrices in float32. Holds the last one."""
+
+    def __init__(self, step: Step, sources: Sources, done: Done, faults: _Faults, tick: Tick | None) -> None:
+        self._step, self._sources, self._done, self._faults, self._tick = step, sources, done, faults, tick
+        self._held: dict[Index, Matrices | None] = {}
+        equation = step.rule.equation
+        self._in_order = equation.left[: len(equation.placeholders)] == equation.placeholders
+        reader = step.factors
+        self._factors_at = (
+            reader.open(step.rule, sources, done, tick) if isinstance(reader, LeafFactors) else None
+        )
+
+    def at(self, index: Index) -> Matrices | None:
+        if self._step.factors is None:
+            return None
+        if index not in self._held:
+            if self._in_order:
+                # weights come one after the other: the last one's is not needed again
+                self._held.clear()
+            self._held[index] = self._read(index)
+        return self._held[index]
+
+    def _read(self, index: Index) -> Matrices | None:
+        if self._factors_at is not None:
+            factors = self._factors_at(index)
+            assert factors is not None
+            self._faults.look_at_factors(index, factors.a, factors.b)
+            wide = (each.astype(FLOAT32, copy=False) for each in (factors.a, factors.b))
+            return Matrices(*split(self._step.rule.equation.one, *wide), factors.scale)
+        assert isinstance(self._step.factors, ModuleFactors)
+        found = self._step.factors.matrices(index, self._sources, self._done, self._tick)
+        if found is None:
+            return None
+        self._faults.look_at_factors(index, found.a, found.b)
+        return Matrices(found.a.astype(FLOAT32, copy=False), found.b.astype(FLOAT32, copy=False), found.scale)
 
 
 def _write_factors(
@@ -152,21 +200,6 @@ def _write_factors(
         yield name, leaf
 
 
-def merged(rule: Rule, piece: Piece, matrices: Matrices, sizes: Mapping[str, int]) -> np.ndarray:
-    """A piece plus the product of an adapter's matrices: any weight that is a matrix can have one."""
-    equation = rule.equation
-    b = matrices.b
-    if equation.streams and not equation.placeholders:
-        # the piece is a run of the weight's rows
-        b = b[piece.start : piece.start + len(piece.w)]
-        sizes = {**sizes, equation.left[0]: len(piece.w)}
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = b.astype(FLOAT32, copy=False) @ matrices.a.astype(FLOAT32, copy=False)
-        product *= np.float32(matrices.scale)
-        total: np.ndarray = equation.restore(product, sizes) + piece.w
-        return total
-
-
 def folded(rule: Rule, w: np.ndarray, factors: Factors) -> np.ndarray:
     """w + scale * (a b), in float32 whatever the stored dtypes: rounding comes once, at the end."""
     axes = factor_axes(rule.equation.one)
@@ -191,9 +224,17 @@ class _Faults:
         self._tensors: dict[str, Index] = {}
         self._overflow: list[Index] = []
 
-    def look_at_weight(self, index: Index, w: np.ndarray) -> None:
-        if not all_finite(w):
-            self._non_finite[self._step.rule.leaf].append(index)
+    def not_finite(self, index: Index) -> None:
+        """Values of the weight that were read are not finite."""
+        at = self._non_finite[self._step.rule.leaf]
+        if index not in at:
+            at.append(index)
+
+    def overflows(self, index: Index) -> None:
+        """Finite values became too large, unless a fault that is known already made them so."""
+        known = any(index in at for at in (*self._non_finite.values(), self._tensors.values()))
+        if not known and index not in self._overflow:
+            self._overflow.append(index)
 
     def look_at_factors(self, index: Index, a: np.ndarray, b: np.ndarray) -> None:
         reader = self._step.factors
@@ -212,9 +253,8 @@ class _Faults:
         """``array`` in the dtype it is written in; notes what does not fit."""
         with np.errstate(over="ignore", invalid="ignore"):
             narrow = array.astype(dtype, copy=False)
-        known = any(index in at for at in (*self._non_finite.values(), self._tensors.values()))
-        if (narrow is not array or self._step.factors is not None) and not known and not all_finite(narrow):
-            self._overflow.append(index)
+        if not all_finite(narrow):
+            self.overflows(index)
         return narrow
 
     def problems(self) -> list[Problem]:

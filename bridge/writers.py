@@ -14,28 +14,39 @@ from typing import Protocol
 import numpy as np
 
 from bridge.axes import Equation, Index
-from bridge.formats import Sink
+from bridge.formats import RUN_BYTES, Sink
+from bridge.gather import Gather
 from bridge.lora import blocks_of, compress, join, pad, reduce, split
-from bridge.pieces import Factors, Matrices, Piece
+from bridge.pieces import Factors, Matrices, Region
 from bridge.rule import Rule
-from bridge.specs import FLOAT32, Spec
+from bridge.specs import FLOAT32, Spec, run_shape
+from bridge.tiles import Product, Seen, Workspace, place
 
 Written = tuple[str, np.ndarray]
-"""A name and the values that went under it, in order."""
+"""A name and the values that went under it, in order; valid until the next."""
 
-#: a leaf is gathered in memory up to this size, and written in runs of whole rows beyond
-GATHER_BYTES = 32 << 20
+
+class Faults(Protocol):
+    """Takes note of weights with faulty values."""
+
+    def not_finite(self, index: Index) -> None:
+        """Values that are not finite were read."""
+        ...
+
+    def overflows(self, index: Index) -> None:
+        """Finite values became too large for their dtype."""
+        ...
 
 
 class Session(Protocol):
     """One step's writing of weights."""
 
-    def put(self, piece: Piece, w: np.ndarray) -> Iterator[Written]:
-        """Take a piece whose values ``w`` are cast already."""
+    def put(self, region: Region, change: Matrices | None) -> Iterator[Written]:
+        """Take a box of a weight, and the low-rank change that is summed into it."""
         ...
 
-    def close(self) -> Iterator[Written]:
-        """Write what is left."""
+    def close(self) -> None:
+        """Make sure that nothing is left half filled. Raises ValueError."""
         ...
 
 
@@ -56,26 +67,63 @@ class TensorWriter:
     def dtype(self) -> np.dtype:
         return self.spec.dtype
 
-    def open(self, rule: Rule, sink: Sink) -> Session:
-        return _TensorSession(self, rule, sink)
+    def held(self, rule: Rule, sizes: Mapping[str, int]) -> int:
+        """Bytes that a step holds while it writes."""
+        cell = _tensor_cell(rule.equation.one, sizes, self.spec.dtype)
+        leading = rule.equation.left[: len(rule.equation.placeholders)] == rule.equation.placeholders
+        return Spec(cell, self.spec.dtype).nbytes * (1 if leading else max(len(self.names), 1))
+
+    def open(self, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults) -> Session:
+        return _TensorSession(self, rule, sizes, sink, faults)
 
 
-@dataclass(frozen=True)
+def _tensor_cell(one: Equation, sizes: Mapping[str, int], dtype: np.dtype) -> tuple[int, ...]:
+    """How much of a tensor is gathered, in the axes of its right side, before it is written."""
+    axes = tuple(axis for group in one.right for axis in group)
+    shape = tuple(sizes[axis] for axis in axes)
+    # where the order of axes changes, every row of the source reaches into every row of the tensor
+    return run_shape(Spec(shape, dtype), RUN_BYTES) if axes == one.left else shape
+
+
 class _TensorSession:
-    writer: TensorWriter
-    rule: Rule
-    sink: Sink
+    def __init__(
+        self, writer: TensorWriter, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults
+    ) -> None:
+        self._writer, self._sink = writer, sink
+        self._placing = Placing(rule.equation.one, sizes, faults)
+        self._cell = _tensor_cell(rule.equation.one, sizes, writer.dtype)
+        self._spare: list[np.ndarray] = []
+        self._open: dict[Index, Gather] = {}
 
-    def put(self, piece: Piece, w: np.ndarray) -> Iterator[Written]:
-        # arranged after the cast: fewer bytes to transpose
-        # an adapter may carry some of a leaf's weights only
-        weight = np.ascontiguousarray(self.rule.equation.arrange(w))
-        for name in self.writer.names.get(piece.index, ()):
-            self.sink.write(name, weight, piece.start)
-            yield name, weight
+    def put(self, region: Region, change: Matrices | None) -> Iterator[Written]:
+        if region.index not in self._writer.names:
+            return  # an adapter may carry some of a leaf's weights only
+        placing = self._placing
+        if region.index not in self._open:
+            self._open[region.index] = Gather(placing.shape, self._cell, self._writer.dtype, self._spare)
+        gather = self._open[region.index]
+        at = tuple(region.at[axis] for axis in placing.order)
+        w = region.w.transpose(placing.order)
+        for part, into, cell in gather.parts(at, w.shape):
+            begin = tuple(a + p.start for a, p in zip(at, part, strict=True))
+            placing.place(into, w[part], begin, region.index, change)
+            whole = gather.filled(cell, into.size)
+            if whole is not None:
+                yield from self._written(region.index, whole, cell)
+                gather.release(cell)
+        if gather.is_done:
+            del self._open[region.index]
 
-    def close(self) -> Iterator[Written]:
-        return iter(())
+    def _written(self, index: Index, whole: np.ndarray, cell: tuple[int, ...]) -> Iterator[Written]:
+        at, shape = self._placing.grouped(cell, whole.shape)
+        whole = whole.reshape(shape)
+        for name in self._writer.names[index]:
+            self._sink.write(name, whole, at)
+            yield name, whole
+
+    def close(self) -> None:
+        if self._open:
+            raise ValueError(f"the source gave only a part of {len(self._open)} weights")
 
 
 @dataclass(frozen=True)
@@ -93,62 +141,111 @@ class LeafWriter:
     def dtype(self) -> np.dtype:
         return self.spec.dtype
 
-    def rows(self, equation: Equation) -> int:
-        """How many rows of the leaf are gathered before they are written."""
-        total = self.spec.shape[0] if self.spec.shape else 1
+    def cell(self, equation: Equation) -> tuple[int, ...]:
+        """How much of the leaf is gathered before it is written."""
         lead = equation.placeholders
-        in_order = equation.streams and equation.left[: len(lead)] == lead
-        if self.spec.nbytes <= GATHER_BYTES or not in_order:
-            return total
-        return max(1, GATHER_BYTES // (self.spec.nbytes // total))
+        # weights come one after the other: a leaf that holds them in another order is gathered whole
+        in_order = equation.left[: len(lead)] == lead
+        return run_shape(self.spec, RUN_BYTES) if in_order else self.spec.shape
 
-    def open(self, rule: Rule, sink: Sink) -> Session:
-        return _LeafSession(self, rule.equation, sink, self.rows(rule.equation))
+    def held(self, rule: Rule, sizes: Mapping[str, int]) -> int:
+        """Bytes that a step holds while it writes: the chunks that one weight fills together."""
+        cell = Spec(self.cell(rule.equation), self.spec.dtype).nbytes
+        one = math.prod(sizes[axis] for axis in rule.equation.one.left) * self.spec.dtype.itemsize
+        # beside a chunk stands its compressed form
+        return min(max(cell, one), self.spec.nbytes) + min(cell, RUN_BYTES)
+
+    def open(self, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults) -> Session:
+        return _LeafSession(self, rule, sizes, sink, faults)
 
 
 class _LeafSession:
-    """Rows of a leaf, gathered in order and written as many as a chunk holds."""
+    """A leaf, filled weight by weight and written chunk by chunk."""
 
-    def __init__(self, writer: LeafWriter, equation: Equation, sink: Sink, rows: int) -> None:
-        self._writer, self._equation, self._sink = writer, equation, sink
-        shape = writer.spec.shape
-        self._buffer = np.empty((rows, *shape[1:]) if shape else (), writer.spec.dtype)
-        self._total = shape[0] if shape else 1
-        self._first = 0
-        self._views = dict(equation.slices(self._buffer)) if equation.placeholders else {}
+    def __init__(
+        self, writer: LeafWriter, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults
+    ) -> None:
+        self._writer, self._equation, self._sink = writer, rule.equation, sink
+        self._placing = Placing(rule.equation.one, sizes, faults)
+        self._gather = Gather(writer.spec.shape, writer.cell(rule.equation), writer.dtype, [])
 
-    def put(self, piece: Piece, w: np.ndarray) -> Iterator[Written]:
-        rows = len(self._buffer)
-        if not self._equation.placeholders and self._equation.streams:
-            done = 0
-            while done < len(w):
-                yield from self._until(piece.start + done)
-                at = piece.start + done - self._first
-                count = min(len(w) - done, rows - at)
-                self._buffer[at : at + count] = w[done : done + count]
-                done += count
-            return
-        if not piece.index:
-            # the one weight of a leaf, which is gathered whole
-            next(view for _, view in self._equation.slices(self._buffer))[...] = w
-            return
-        yield from self._until(piece.index[0])
-        self._views[(piece.index[0] - self._first, *piece.index[1:])][...] = w
+    def put(self, region: Region, change: Matrices | None) -> Iterator[Written]:
+        equation, placing = self._equation, self._placing
+        numbers = dict(zip(equation.placeholders, region.index, strict=True))
+        starts = dict(zip(equation.one.left, region.at, strict=True)) | numbers
+        lengths = dict(zip(equation.one.left, region.w.shape, strict=True))
+        at = tuple(starts.get(axis, 0) for axis in equation.left)
+        shape = tuple(lengths.get(axis, 1) for axis in equation.left)
+        # the box's own axes in the leaf, brought into the order of the tensor's
+        own = [equation.left.index(axis) for axis in equation.one.left]
+        for part, into, cell in self._gather.parts(at, shape):
+            taken = tuple(part[axis] for axis in own)
+            view = _only(into, own).transpose(placing.order)
+            w = region.w[taken].transpose(placing.order)
+            begin = tuple(region.at[i] + taken[i].start for i in placing.order)
+            placing.place(view, w, begin, region.index, change)
+            whole = self._gather.filled(cell, into.size)
+            if whole is not None:
+                self._sink.write(self._writer.name, whole, cell)
+                yield self._writer.name, whole
+                self._gather.release(cell)
 
-    def _until(self, row: int) -> Iterator[Written]:
-        """Write the rows gathered so far, once a row beyond them comes."""
-        while row >= self._first + len(self._buffer) < self._total:
-            yield self._flush()
+    def close(self) -> None:
+        if not self._gather.is_done:
+            raise ValueError(f"the source gave only a part of {self._writer.name}")
 
-    def _flush(self) -> Written:
-        rows = self._buffer[: self._total - self._first]
-        self._sink.write(self._writer.name, rows, self._first)
-        self._first += len(rows)
-        return self._writer.name, rows
 
-    def close(self) -> Iterator[Written]:
-        while self._first < self._total:
-            yield self._flush()
+def _only(array: np.ndarray, axes: list[int]) -> np.ndarray:
+    """``array`` with these of its axes alone; the others have length one."""
+    return array[tuple(slice(None) if axis in axes else 0 for axis in range(array.ndim))]
+
+
+class Placing:
+    """How boxes of one weight go to their place: its axes as the tensor has them, and its change.
+
+    Args:
+        one: equation of one weight.
+        sizes: of every axis.
+        faults: takes note of values that are not finite.
+    """
+
+    def __init__(self, one: Equation, sizes: Mapping[str, int], faults: Faults) -> None:
+        axes = [axis for group in one.right for axis in group]
+        self.order = [one.left.index(axis) for axis in axes]
+        """Positions, among the leaf's axes, of the tensor's."""
+        self.shape = tuple(sizes[axis] for axis in axes)
+        self._steps = [_steps(group, axes, sizes) for group in one.right]
+        self._work, self._faults = Workspace(), faults
+
+    def grouped(self, at: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Position and shape of a run of the tensor, with the axes of each group as one."""
+        begins = tuple(sum(a * step for a, step in zip(at, steps, strict=True)) for steps in self._steps)
+        lengths = tuple(
+            math.prod(n for n, step in zip(shape, steps, strict=True) if step) for steps in self._steps
+        )
+        return begins, lengths
+
+    def place(
+        self, into: np.ndarray, w: np.ndarray, at: tuple[int, ...], index: Index, change: Matrices | None
+    ) -> None:
+        """Fill a box, whose axes and position are the tensor's."""
+        product = None
+        if change is not None:
+            output, inputs = self._steps
+            product = Product(change.a, change.b, change.scale, output, inputs, at, self.shape)
+        seen = Seen()
+        place(into, w, product, self._work, seen)
+        if seen.source:
+            self._faults.not_finite(index)
+        if seen.result:
+            self._faults.overflows(index)
+
+
+def _steps(group: tuple[str, ...], axes: list[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """How far one step along each axis moves along a group of them that is one axis of the matrix."""
+    lengths = [sizes[axis] for axis in group]
+    step = {axis: math.prod(lengths[i + 1 :]) for i, axis in enumerate(group)}
+    return tuple(step.get(axis, 0) for axis in axes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 
 import bridge
 from bridge.axes import Equation
-from bridge.lora import FactorAxes
+from bridge.formats.torch import TorchSink
+from bridge.lora import FactorAxes, factor_axes
 from bridge.plugins import adapters
 from tests import checkpoints, golden
 from tests.checkpoints import Array
@@ -96,7 +97,12 @@ def in_scale(scale: Callable[[int, float], float]) -> Plant:
 
 def in_delta(delta: Callable[[FactorAxes, Array, Array], Array]) -> Plant:
     """Another product of the two factors."""
-    return lambda patch: patch.setattr("bridge.step.delta", delta)
+
+    def split(equation: Equation, a: Array, b: Array) -> tuple[Array, Array]:
+        weight = equation.arrange(delta(factor_axes(equation), a, b))
+        return np.eye(weight.shape[1], dtype=weight.dtype), weight
+
+    return lambda patch: patch.setattr("bridge.step.split", split)
 
 
 def per_head(axes: FactorAxes, a: Array, b: Array) -> Array:
@@ -124,13 +130,13 @@ def mean_over_heads(axes: FactorAxes, a: Array, b: Array) -> Array:
 
 def transposed_squares(patch: pytest.MonkeyPatch) -> None:
     """A forgotten transpose, wherever the shape does not tell."""
-    arrange = Equation.arrange
+    write = TorchSink.write
 
-    def mutant(self: Equation, one: Array) -> Array:
-        weight = arrange(self, one)
-        return weight.T if weight.ndim == 2 and weight.shape[0] == weight.shape[1] else weight
+    def mutant(self: TorchSink, name: str, array: Array, at: tuple[int, ...] | None = None) -> None:
+        square = array.ndim == 2 and array.shape[0] == array.shape[1]
+        write(self, name, array.T if square else array, at)
 
-    patch.setattr(Equation, "arrange", mutant)
+    patch.setattr(TorchSink, "write", mutant)
 
 
 # What a module computes.

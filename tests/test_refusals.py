@@ -407,10 +407,11 @@ DAMAGE = {
     "chunk file missing": Row(
         r"action_in_proj/kernel/value lacks 1 of 1 chunks", plain("zarr"), delete_a_file_of_a_chunk
     ),
-    "chunk file cut": Row(r"action_in_proj/kernel/value cannot be read", plain("zarr"), cut_a_file_of_a_chunk),
-    "zstd cut": Row(r"action_in_proj/kernel/value cannot be read",
+    "chunk file cut": Row(r"action_in_proj/kernel/value (ends \d+ bytes too soon|cannot be decoded)",
+                          plain("zarr"), cut_a_file_of_a_chunk),
+    "zstd cut": Row(r"action_in_proj/kernel/value (ends \d+ bytes too soon|cannot be decoded)",
                     damage=lambda s: s.chunk("action_in_proj/kernel", lambda data: data[:-5])),
-    "zstd empty": Row(r"action_in_proj/kernel/value cannot be read",
+    "zstd empty": Row(r"action_in_proj/kernel/value ends \d+ bytes too soon",
                       damage=lambda s: s.chunk("action_in_proj/kernel", lambda _: b"")),
     "zstd nonsense": Row(r"cannot be decoded", damage=lambda s: s.chunk(BIG, lambda data: b"\xff" * len(data))),
     "zstd cut, streamed": Row(r"Dense_0/kernel/value (ends \d+ bytes too soon|cannot be decoded)",

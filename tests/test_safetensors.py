@@ -1,6 +1,9 @@
 """safetensors files, held against the reference library, and bad files, refused."""
 
+import ctypes
+import errno
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -16,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import SourceRefused
+from bridge.formats import syscalls
 from bridge.formats import torch as torch_format
 from bridge.formats.location import Location
 from bridge.formats.safetensors import compose, read_header
 from bridge.formats.torch import FILE, INDEX, create, open_torch
-from bridge.specs import BFLOAT16, WEIGHT_DTYPES, Spec
+from bridge.specs import BFLOAT16, WEIGHT_DTYPES, Spec, box
 
 METADATA = {"format": "pt"}
 
@@ -42,11 +46,11 @@ def arrays() -> dict[str, np.ndarray]:
 
 def write(directory: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] = METADATA) -> Path:
     """As a plan's steps do: any order, some tensors row by row."""
-    sink = create(directory, {name: Spec(a.shape, a.dtype) for name, a in tensors.items()}, metadata)
+    sink = create(directory, {name: Spec(a.shape, a.dtype) for name, a in tensors.items()}, metadata, ())
     for number, (name, array) in enumerate(reversed(tensors.items())):
         if array.ndim and number % 2:
             for row in reversed(range(len(array))):
-                sink.write(name, array[row : row + 1], row)
+                sink.write(name, array[row : row + 1], (row, *(0,) * (array.ndim - 1)))
         else:
             sink.write(name, array)
     sink.finish()
@@ -90,21 +94,22 @@ def test_what_the_reference_writes_is_read(tmp_path: Path) -> None:
         assert source.read(name).shape == array.shape
 
 
-def test_rows_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_and_slabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = arrays()
     write(tmp_path, expected)
     source = open_torch(Location.parse(tmp_path))
     source = pickle.loads(pickle.dumps(source))
-    monkeypatch.setattr(torch_format, "BLOCK_BYTES", 45)
+    monkeypatch.setattr(torch_format, "SLAB_BYTES", 45)
     for name, array in expected.items():
-        if array.ndim:
-            blocks = list(source.blocks(name))
-            assert len(blocks) > 1 or array.nbytes <= 45
-            joined = np.concatenate([rows for _, rows in blocks]) if blocks else array
-            assert joined.tobytes() == array.tobytes()
-            assert [start for start, _ in blocks] == list(
-                np.cumsum([0, *(len(rows) for _, rows in blocks)])[: len(blocks)]
-            )
+        # as it is, and as an array of other axes: the bytes come in order either way
+        for shape in (None, (1, array.size)):
+            slabs = [(at, values.copy()) for at, values in source.slabs(name, shape)]
+            assert b"".join(values.tobytes() for _, values in slabs) == array.tobytes()
+            assert all(values.nbytes <= 45 for _, values in slabs)
+            put_together = np.empty(array.shape if shape is None else shape, array.dtype)
+            for at, values in slabs:
+                put_together[box(at, values.shape)] = values
+            assert put_together.tobytes() == array.tobytes()
         if array.ndim and len(array):
             for rows in (0, -1, slice(1, 3), slice(-2, None), slice(0, 99), slice(2, 1)):
                 np.testing.assert_array_equal(source.read(name, rows), array[rows])
@@ -164,7 +169,7 @@ def test_any_header_reads_back(
         json.dumps(metadata, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return
-    sink = create(tmp_path_factory.mktemp("any"), specs, metadata)
+    sink = create(tmp_path_factory.mktemp("any"), specs, metadata, ())
     sink.finish()
     assert read_header(sink.path) == sink.header
     with safetensors.safe_open(sink.path, "np") as opened:
@@ -179,28 +184,75 @@ def test_tensors_begin_aligned() -> None:
 
 
 def test_unwritten_tensors_are_zeros_and_take_no_blocks(tmp_path: Path) -> None:
-    sink = create(tmp_path, {"z": Spec((1 << 22,), np.dtype(np.float32))}, {})
+    specs = {name: Spec((1 << 22,), np.dtype(np.float32)) for name in ("a", "z1", "b", "z2")}
+    sink = create(tmp_path, specs, {}, {"z1", "z2"})
+    # what will be written has its blocks already: a full disk is found before the first byte
+    assert 2 << 24 <= sink.path.stat().st_blocks * 512 < (2 << 24) + (1 << 20)
+    for name in ("a", "b"):
+        sink.write(name, np.ones(1 << 22, np.float32))
     sink.finish()
-    assert sink.path.stat().st_size > 1 << 24 and sink.path.stat().st_blocks * 512 < 1 << 20
-    assert not open_torch(Location.parse(tmp_path)).read("z").any()
+    assert sink.path.stat().st_size > 4 << 24 and sink.path.stat().st_blocks * 512 < (2 << 24) + (1 << 20)
+    source = open_torch(Location.parse(tmp_path))
+    assert {name: bool(source.read(name).all()) for name in specs} == {
+        "a": True,
+        "z1": False,
+        "b": True,
+        "z2": False,
+    }
+    assert not source.read("z1").any()
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, None])
+def test_a_system_without_the_calls_writes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """Allocation, early write-back and read-ahead are helps: without them the bytes are the same."""
+    (tmp_path / "with").mkdir()
+    expected = write(tmp_path / "with", arrays()).read_bytes()
+
+    def refuse(*arguments: object) -> int:
+        ctypes.set_errno(code or 0)
+        return -1
+
+    monkeypatch.setattr(syscalls, "_libc", lambda *_: None if code is None else refuse)
+    monkeypatch.delattr(os, "posix_fadvise")
+    (tmp_path / "without").mkdir()
+    path = write(tmp_path / "without", arrays())
+    assert path.read_bytes() == expected
+    source = open_torch(Location.parse(path))
+    assert all(b"".join(v.tobytes() for _, v in source.slabs(n)) == a.tobytes() for n, a in arrays().items())
+
+
+def test_a_full_disk_is_found_when_the_file_is_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(syscalls, "_libc", lambda *_: refuse)
+    with pytest.raises(OSError, match="No space left"):
+        create(tmp_path, {"w": Spec((3, 2), np.dtype(np.float32))}, {}, ())
 
 
 def test_a_sink_refuses_what_was_not_declared(tmp_path: Path) -> None:
-    sink = create(tmp_path, {"w": Spec((3, 2), np.dtype(np.float32))}, {})
-    for array, start in (
-        (np.zeros((3, 2), np.float16), 0),
-        (np.zeros((3, 3), np.float32), 0),
-        (np.zeros((2, 2), np.float32), 2),
-        (np.zeros((2, 2), np.float32), -1),
+    sink = create(tmp_path, {"w": Spec((3, 2), np.dtype(np.float32))}, {}, ())
+    for array, at in (
+        (np.zeros((3, 2), np.float16), (0, 0)),
+        (np.zeros((3, 3), np.float32), (0, 0)),
+        (np.zeros((2, 2), np.float32), (2, 0)),
+        (np.zeros((2, 2), np.float32), (-1, 0)),
+        (np.zeros(6, np.float32), None),
+        (np.zeros((3, 1), np.float32), (0, 0)),  # a column is no run in C order
     ):
         with pytest.raises(ValueError, match="w"):
-            sink.write("w", array, start)
+            sink.write("w", array, at)
     with pytest.raises(FileExistsError):
-        create(tmp_path, {}, {})
+        create(tmp_path, {}, {}, ())
 
 
 def test_a_sink_finds_a_file_that_changed_under_it(tmp_path: Path) -> None:
-    sink = create(tmp_path, {"w": Spec((3, 2), np.dtype(np.float32))}, {})
+    sink = create(tmp_path, {"w": Spec((3, 2), np.dtype(np.float32))}, {}, ())
     sink.path.write_bytes(sink.path.read_bytes()[:-1])
     with pytest.raises((SourceRefused, OSError)):
         sink.finish()
@@ -409,7 +461,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(SourceRefused, match="w ends 100 bytes too soon"):
         source.read("w")
     with pytest.raises(SourceRefused, match="w ends 100 bytes too soon"):
-        list(source.blocks("w"))
+        list(source.slabs("w"))
     path.unlink()
     with pytest.raises(SourceRefused):
         source.read("w")

@@ -411,11 +411,10 @@ def test_bridge_reads_it(made: tuple[Tree, Path]) -> None:
 # In bounded memory.
 
 CHUNKS = {
-    # chunk and gather, in bytes. A layer of q is 93 kB, a row of the embedding 52 B, of `linear` 988 B
-    "together": (4096, 4096),
-    "chunks that no row divides": (1000, 3000),
-    "more than is gathered": (5000, 700),
-    "less than a row": (40, 40),
+    # bytes. A layer of q is 93 kB, a row of the embedding 52 B, of `linear` 988 B
+    "rows": 4096,
+    "no row divides it": 1000,
+    "less than a row": 40,
 }
 
 
@@ -424,29 +423,30 @@ CHUNKS = {
 def test_large_leaves_are_written_by_rows_in_small_chunks(
     origin: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunk, gather = CHUNKS[how]
+    chunk = CHUNKS[how]
     tree = checkpoints.pi0_tree(lora={}, layers=3, vocab=101)
     source = checkpoints.save(tree, tmp_path / "1", quick=True)
     if origin == "torch":
         bridge.convert(source, tmp_path / "torch", to="torch-merged", dtype="float32")
         source = tmp_path / "torch"
-    monkeypatch.setattr(orbax_writing, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(writers, "GATHER_BYTES", gather)
-    runs: dict[str, list[int]] = {}
+    monkeypatch.setattr(orbax_writing, "RUN_BYTES", chunk)
+    monkeypatch.setattr(writers, "RUN_BYTES", chunk)
+    runs: dict[str, list[tuple[tuple[int, ...], int]]] = {}
     original = OrbaxSink.write
 
-    def write(self: OrbaxSink, name: str, array: np.ndarray, start: int = 0) -> None:
-        assert start == sum(runs.setdefault(name, []))  # in order, nothing twice
-        runs[name].append(len(array))
-        original(self, name, array, start)
+    def write(self: OrbaxSink, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
+        runs.setdefault(name, []).append((at or (0,) * array.ndim, array.size))
+        original(self, name, array, at)
 
     monkeypatch.setattr(OrbaxSink, "write", write)
     bridge.convert(source, tmp_path / "orbax", to="orbax")
     assert changed(tree, checkpoints.restore(tmp_path / "orbax")) == set()
 
-    rows = runs[f"params/{EMBEDDING}"]
-    assert sum(rows) == 101 and max(rows) == max(1, gather // 52)
-    assert len(runs[f"params/{Q}"]) == 3  # a layer is larger than what is gathered
+    sizes = [size for _, size in runs[f"params/{EMBEDDING}"]]
+    assert sum(sizes) == 101 * 13 and max(sizes) * 4 <= chunk < (max(sizes) + 13) * 4
+    for name, written in runs.items():
+        begins = [at for at, _ in written]
+        assert begins == sorted(set(begins)), name  # in order, nothing twice
     for name in stored_names(tmp_path / "orbax"):
         described = json.loads(
             (tmp_path / "orbax" / "params" / name.replace("/", ".") / ".zarray").read_text()
@@ -462,7 +462,7 @@ def test_large_leaves_are_written_by_rows_in_small_chunks(
 def test_a_chunk_is_32_megabytes_at_most() -> None:
     from bridge.specs import BFLOAT16, FLOAT32, Spec
 
-    assert orbax_writing.CHUNK_BYTES == writers.GATHER_BYTES == 32 << 20
+    assert orbax_writing.RUN_BYTES == writers.RUN_BYTES == 32 << 20
     for shape, dtype in (
         ((257152, 2048), FLOAT32),
         ((257152, 2048), BFLOAT16),

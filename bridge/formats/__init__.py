@@ -6,7 +6,7 @@ gives a :class:`Source` and whose ``create`` gives a :class:`Sink`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +16,23 @@ import numpy as np
 from bridge.formats.location import Location
 from bridge.specs import Spec
 
-Block = tuple[int, np.ndarray]
-"""Consecutive rows of an array along its first axis, and the number of the first of them."""
+Slab = tuple[tuple[int, ...], np.ndarray]
+"""A box of an array: the position of its first element along every axis, and the values, with as many axes."""
+
+#: a slab is at most this long where the storage allows it
+SLAB_BYTES = 8 << 20
+
+#: what is written at a time: a chunk of an Orbax array, from which a reader can take a layer alone
+RUN_BYTES = 32 << 20
+
+
+@dataclass
+class Spent:
+    """Seconds a worker spent in what no conversion can do without: reading, decoding, writing."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    write: float = 0.0
 
 
 @runtime_checkable
@@ -63,23 +78,35 @@ class Source(Protocol):
         ...
 
     def buffered_bytes(self, name: str) -> int:
-        """Bytes of memory that :meth:`blocks` needs at a time."""
+        """Bytes of memory that :meth:`slabs` needs at a time."""
         ...
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         """The array, or the rows asked for. Raises KeyError, SourceRefused."""
         ...
 
-    def blocks(self, name: str) -> Iterator[Block]:
-        """The array in order, as blocks of whole rows; a block is valid until the next."""
+    def slabs(
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+    ) -> Iterator[Slab]:
+        """The array in C order, a slab at a time; a slab is valid until the next.
+
+        Args:
+            name: of the array.
+            shape: another shape of as many elements, to cut it by.
+            spent: takes note of the time it takes.
+        """
         ...
 
 
 class Sink(Protocol):
-    """A container being written. Picklable; blocks may come in any order, from any worker."""
+    """A container being written. Picklable; arrays may come in any order, from any worker."""
 
-    def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
-        """Write rows of an array from row ``start`` on. ``array`` has its declared dtype."""
+    def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
+        """Write an array of its declared dtype, whole or from a position on.
+
+        What is written at a position is a run in C order that begins at a multiple of
+        :func:`bridge.specs.run_shape` for `RUN_BYTES`, and ends at one or with the array.
+        """
         ...
 
     def finish(self) -> None:
@@ -96,5 +123,6 @@ class Format:
     """Whether a path looks like this format, finished or not; cheap."""
     open: Callable[[Location], Source]
     """Open for reading. Raises SourceRefused with the cause and the fix."""
-    create: Callable[[Path, Mapping[str, Spec], Mapping[str, str]], Sink] | None = None
-    """Make the container inside an empty directory: arrays to come, and header metadata."""
+    create: Callable[[Path, Mapping[str, Spec], Mapping[str, str], Collection[str]], Sink] | None = None
+    """Make the container inside an empty directory: arrays to come, header metadata, and the names of
+    arrays that are zeros and never written."""

@@ -91,6 +91,11 @@ def check_files(location: Location, extents: Mapping[str, Extent]) -> None:
     refuse_if(problems, SourceRefused)
 
 
+def whole_file(root: Path, file: str) -> Extent:
+    """A value that is a file of its own, as where a store is a plain directory."""
+    return Extent((root / file).stat().st_size, file=file)
+
+
 def contained(root: Path, file: str) -> Path:
     """``root / file``, refused when it is not below ``root``."""
     if file.startswith("/") or ".." in file.split("/"):

@@ -8,6 +8,7 @@ OCDBT or one zarr directory an array, zarr 2 or 3, any chunk grid, written by on
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats import Block, Format, stream
+from bridge.formats import Format, Slab, Spent, stream
 from bridge.formats.location import Location, tensorstore_context
-from bridge.formats.ocdbt import RECOPY, Extent, check_files, contained, index
+from bridge.formats.ocdbt import RECOPY, Extent, check_files, contained, index, whole_file
 from bridge.formats.orbax_writing import create
 from bridge.formats.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.specs import Spec
@@ -67,9 +68,9 @@ class OrbaxSource:
 
     def buffered_bytes(self, name: str) -> int:
         array = self.arrays[name].array
-        row = array.spec.nbytes // max(array.spec.shape[0] if array.spec.shape else 1, 1)
         if self._streams(name):
-            return row * min(stream.rows_per_block(array), array.chunks[0]) + 4 * stream.READ_BYTES
+            return Spec(stream.slab_shape(array), array.spec.dtype).nbytes + 4 * stream.READ_BYTES
+        row = array.spec.nbytes // max(array.spec.shape[0] if array.spec.shape else 1, 1)
         # decoded chunks beside the rows copied out of them
         return 2 * row * (array.chunks[0] if array.chunks else 1)
 
@@ -88,33 +89,42 @@ class OrbaxSource:
         except (ValueError, OSError, IndexError) as error:
             raise self._damaged(name, error) from error
 
-    def blocks(self, name: str) -> Iterator[Block]:
+    def slabs(
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+    ) -> Iterator[Slab]:
         stored = self.arrays[name]
+        own = stored.array.spec.shape
+        if shape not in (None, own):
+            # no leaf is read by another shape than its own as a rule; one that is, is read whole
+            yield (0,) * len(shape or ()), self.read(name).reshape(shape or ())
+            return
         if self._streams(name):
             assert stored.chunks is not None and self.location.local is not None
             root = self.location.local
             files = [(None if e.inline is not None else contained(root, e.file), e) for e in stored.chunks]
-            yield from stream.blocks(stored.array, files, name)
+            yield from stream.slabs(stored.array, files, name, spent or Spent())
             return
-        if not stored.array.spec.shape:
-            yield 0, self.read(name).reshape(1)
+        if not own:
+            yield (), self.read(name)
             return
         store = self._tensorstore(name)
-        step, total = stored.array.chunks[0], stored.array.spec.shape[0]
+        step, total = stored.array.chunks[0], own[0]
         for start in range(0, total, step):
+            began = time.perf_counter()
             try:
                 # TensorStore does not clip: the last chunk may reach beyond the array
-                yield start, np.asarray(store[start : min(start + step, total)].read().result())
+                rows = np.asarray(store[start : min(start + step, total)].read().result())
             except (ValueError, OSError) as error:
                 raise self._damaged(name, error) from error
+            if spent is not None:
+                # reading and decoding are one call
+                spent.decode += time.perf_counter() - began
+            yield (start, *(0,) * (len(own) - 1)), rows
 
     def _streams(self, name: str) -> bool:
         stored = self.arrays[name]
         return bool(
-            stored.chunks is not None
-            and self.location.local is not None
-            and stored.array.spec.shape
-            and stream.streamable(stored.array)
+            stored.chunks is not None and self.location.local is not None and stream.streamable(stored.array)
         )
 
     def _tensorstore(self, name: str) -> Any:
@@ -338,6 +348,8 @@ def _arrays(params: Location, ocdbt: bool, tree: Mapping[str, str], sparse: bool
             )
         elif extents is not None:
             arrays[name] = Stored(path, array, tuple(extents[key] for key in chunk_keys))
+        elif params.local is not None:
+            arrays[name] = Stored(path, array, tuple(whole_file(params.local, key) for key in chunk_keys))
         else:
             arrays[name] = Stored(path, array, None)
     refuse_if(problems, SourceRefused)

@@ -1,86 +1,108 @@
-"""Writing Orbax checkpoints in bounded memory, through TensorStore, without Orbax.
+"""Writing Orbax checkpoints in bounded memory, without Orbax.
 
 One zarr directory an array and ``_METADATA``, which every Orbax restores (openpi's 0.11.13 and
 today's). Not OCDBT: it names its files at random, and a conversion must give the same bytes
-twice. Chunks are at most `CHUNK_BYTES`, cut along the leading axes, so that a reader can take a
-layer without the rest.
+twice. Chunks are at most `RUN_BYTES`, cut along the leading axes, so that a reader can take a
+layer without the rest; each is a zstd frame in a file of its own, as TensorStore writes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import zstandard
 
-from bridge.formats.location import tensorstore_context
-from bridge.specs import Spec
+from bridge.formats import RUN_BYTES
+from bridge.formats.syscalls import write_back
+from bridge.specs import BFLOAT16, Spec, box, cells, raw, run_shape
 
-CHUNK_BYTES = 32 << 20
 ITEM = "params"
+#: Orbax's own
+ZSTD_LEVEL = 1
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
-    """Chunks of at most CHUNK_BYTES: whole where they fit, else cut along the leading axes."""
-    chunk = list(spec.shape)
-    size = spec.nbytes
-    for axis, length in enumerate(chunk):
-        if size <= CHUNK_BYTES or length == 0:
-            break
-        rest = size // length
-        chunk[axis] = max(1, CHUNK_BYTES // max(rest, 1))
-        size = chunk[axis] * rest
-    return tuple(chunk)
+    """Chunks of at most RUN_BYTES: whole where they fit, else cut along the leading axes."""
+    return run_shape(spec, RUN_BYTES)
 
 
 @dataclass(frozen=True)
 class OrbaxSink:
-    """A ``params`` directory whose arrays exist and are filled block by block."""
+    """A ``params`` directory whose arrays are described, and filled chunk by chunk."""
 
     params: Path
     specs: Mapping[str, Spec]
 
-    def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
+    def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         spec = self.specs[name]
-        if array.dtype != spec.dtype or array.shape[1:] != spec.shape[1:]:
+        chunk = tuple(max(size, 1) for size in chunk_shape(spec))
+        at = at or (0,) * len(spec.shape)
+        ends = [a + n for a, n in zip(at, array.shape, strict=False)]
+        if array.dtype != spec.dtype or array.ndim != len(spec.shape):
             raise ValueError(f"{name} is declared {spec}, and got {Spec(array.shape, array.dtype)}")
-        store = _open(str(self.params), name, spec)
-        (store if array.shape == spec.shape else store[start : start + len(array)]).write(array).result()
+        if any(a % c for a, c in zip(at, chunk, strict=True)) or any(
+            end > total or (end % c and end != total)
+            for end, c, total in zip(ends, chunk, spec.shape, strict=True)
+        ):
+            raise ValueError(f"{name} has chunks of {list(chunk)}, and got {list(array.shape)} at {list(at)}")
+        for start, part in cells(array.shape, chunk):
+            number = [(a + s) // c for a, s, c in zip(at, start, chunk, strict=True)]
+            self._write_chunk(name, number, array[box(start, part)], chunk)
+
+    def _write_chunk(self, name: str, number: list[int], values: np.ndarray, chunk: tuple[int, ...]) -> None:
+        if values.shape != chunk:
+            # a chunk is stored whole, what lies beyond the array's end being padding
+            padded = np.zeros(chunk, values.dtype)
+            padded[box((0,) * len(chunk), values.shape)] = values
+            values = padded
+        data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(raw(values))
+        path = _directory(self.params, name) / (".".join(map(str, number)) or "0")
+        with path.open("xb", buffering=0) as file:
+            done = 0
+            while done < len(data):
+                done += file.write(memoryview(data)[done:])
+            write_back(file.fileno(), 0, len(data))
 
     def finish(self) -> None:
         (self.params / "_METADATA").write_text(_metadata(self.specs))
 
 
-def create(directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> OrbaxSink:
-    """Make ``params/`` in a directory. Names are ``/``-joined paths; there is no header."""
+def create(
+    directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str]
+) -> OrbaxSink:
+    """Make ``params/`` in a directory. Names are ``/``-joined paths; there is no header, and no zeros."""
+    if zeros:
+        raise ValueError("Orbax takes an absent chunk for a fault: zeros must be written")
     params = directory / ITEM
     params.mkdir()
     for name, spec in specs.items():
-        _open(str(params), name, spec)
+        _directory(params, name).mkdir()
+        (_directory(params, name) / ".zarray").write_text(_zarray(spec))
     return OrbaxSink(params, dict(specs))
 
 
-@cache
-def _open(params: str, name: str, spec: Spec) -> Any:
-    import tensorstore as ts
+def _directory(params: Path, name: str) -> Path:
+    return params / name.replace("/", ".")
 
+
+def _zarray(spec: Spec) -> str:
+    """The array's description in zarr version 2, byte for byte as TensorStore writes it."""
     described = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{params}/{name.replace('/', '.')}/"},
-        "dtype": spec.dtype.name,
-        "metadata": {
-            "shape": list(spec.shape),
-            "chunks": [max(size, 1) for size in chunk_shape(spec)],
-            "compressor": {"id": "zstd", "level": 1},
-        },
-        # Orbax takes an absent chunk for a fault
-        "store_data_equal_to_fill_value": True,
+        "chunks": [max(size, 1) for size in chunk_shape(spec)],
+        "compressor": {"id": "zstd", "level": ZSTD_LEVEL},
+        "dimension_separator": ".",
+        "dtype": "bfloat16" if spec.dtype == BFLOAT16 else spec.dtype.str,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(spec.shape),
+        "zarr_format": 2,
     }
-    return ts.open(described, open=True, create=True, context=tensorstore_context()).result()
+    return json.dumps(described, separators=(",", ":"))
 
 
 def _metadata(specs: Mapping[str, Spec]) -> str:

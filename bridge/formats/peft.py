@@ -7,7 +7,7 @@ and read by :mod:`bridge.peft`. Pickled adapters (``adapter_model.bin``) are nev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +62,11 @@ def open_peft(location: Location) -> TorchSource:
     return replace(source, metadata={**source.metadata, CONFIG: config}, format="peft")
 
 
-def create(directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
+def create(
+    directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str]
+) -> TorchSink:
     """Lay out ``adapter_model.safetensors`` in a directory; the config is written as a file."""
-    return lay_out(directory / FILE, specs, metadata)
+    return lay_out(directory / FILE, specs, metadata, zeros)
 
 
 FORMAT = Format(name="peft", claims=claims, open=open_peft, create=create)

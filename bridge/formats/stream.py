@@ -1,14 +1,16 @@
-"""Rows of a chunked array, in order, without holding a chunk.
+"""A chunked array in order, without holding a chunk.
 
 Orbax stores an array as one zstd chunk by default, and a chunk of a stacked leaf holds every
 layer. TensorStore must decode all of it to give one; here it is read in pieces and decoded as a
-stream. Memory: one block of rows (at most `BLOCK_BYTES`, or one row) and a few read buffers.
+stream. Memory: one slab, and a few read buffers.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,95 +18,139 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import Problem, SourceRefused
+from bridge.formats import SLAB_BYTES, Slab, Spent
 from bridge.formats.ocdbt import RECOPY, Extent
+from bridge.formats.syscalls import will_read
 from bridge.formats.zarr import ZarrArray
-from bridge.specs import raw
+from bridge.specs import Spec, cells, raw, run_shape
 
-BLOCK_BYTES = 8 << 20
 READ_BYTES = 1 << 20
+#: how far ahead of the decoder the disk is asked to read
+AHEAD_BYTES = 16 << 20
+
+
+def cut_axis(array: ZarrArray) -> int | None:
+    """The one axis along which chunks are runs of the array in C order: (1, …, n, *rest), or None."""
+    shape = array.spec.shape
+    axis = next((axis for axis, size in enumerate(array.chunks) if size != 1), max(len(shape) - 1, 0))
+    whole = all(n == c for n, c in zip(shape[axis + 1 :], array.chunks[axis + 1 :], strict=True))
+    return axis if whole else None
 
 
 def streamable(array: ZarrArray) -> bool:
-    """Whether the array's chunks are whole rows in order, plain or zstd."""
-    return array.plain is not None and all(
-        n == c for n, c in zip(array.spec.shape[1:], array.chunks[1:], strict=True)
-    )
+    """Whether the array's chunks are runs of it in order, plain or zstd."""
+    return array.plain is not None and cut_axis(array) is not None
 
 
-def rows_per_block(array: ZarrArray) -> int:
-    """How many rows of the first axis a block has: as many as fit in BLOCK_BYTES, at least one."""
-    row = math.prod(array.spec.shape[1:]) * array.spec.dtype.itemsize
-    return max(1, BLOCK_BYTES // max(row, 1))
+def slab_shape(array: ZarrArray) -> tuple[int, ...]:
+    """Shape of the slabs that :func:`slabs` gives; smaller at the edges."""
+    return run_shape(_chunk(array), SLAB_BYTES)
 
 
-def blocks(
-    array: ZarrArray, chunks: list[tuple[Path | None, Extent]], label: str
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, rows) of an array for which :func:`streamable` holds.
+def _chunk(array: ZarrArray) -> Spec:
+    """A chunk, without what of it lies beyond the array."""
+    clipped = tuple(min(n, c) for n, c in zip(array.spec.shape, array.chunks, strict=True))
+    return Spec(clipped, array.spec.dtype)
+
+
+def slabs(
+    array: ZarrArray, chunks: list[tuple[Path | None, Extent]], label: str, spent: Spent
+) -> Iterator[Slab]:
+    """Yield an array for which :func:`streamable` holds, in C order.
 
     Args:
         array: its metadata.
         chunks: for each chunk in order, the file it lies in (None when inline) and where.
         label: what to call the array in an error.
+        spent: takes note of the time that reading and decoding take.
 
     Raises:
         SourceRefused: a file cannot be read, or a chunk decodes to too few or too many bytes.
     """
-    total = array.spec.shape[0] if array.spec.shape else 1
-    per_chunk = array.chunks[0] if array.chunks else 1
-    row_shape = array.spec.shape[1:]
-    row_bytes = math.prod(row_shape) * array.spec.dtype.itemsize
-    step = min(rows_per_block(array), per_chunk)
-    buffer = np.empty((step, *row_shape), array.spec.dtype)
+    axis, shape = cut_axis(array), array.spec.shape
+    assert axis is not None
+    slab = slab_shape(array)
+    buffer = np.empty(math.prod(slab), array.spec.dtype)
     flat = raw(buffer)
-    for number, (path, extent) in enumerate(chunks):
-        start = number * per_chunk
-        stop = min(start + per_chunk, total)
-        with _decoded(path, extent, array.plain == "zstd") as stream:
-            for first in range(start, stop, step):
-                rows = min(step, stop - first)
-                _fill(stream, flat[: rows * row_bytes], label, path)
-                yield first, buffer[:rows]
-            # the last chunk is stored whole, its rows beyond the array's end being padding
-            _skip(stream, (start + per_chunk - stop) * row_bytes, label, path)
+    item = array.spec.dtype.itemsize
+    row = math.prod(shape[axis + 1 :]) * item
+    for (start, region), (path, extent) in zip(cells(shape, array.chunks), chunks, strict=True):
+        with _decoded(path, extent, array.plain == "zstd", spent) as stream:
+            for at, part in cells(region, slab):
+                count = math.prod(part)
+                _fill(stream, flat[: count * item], label, path)
+                yield tuple(map(sum, zip(start, at, strict=True))), buffer[:count].reshape(part)
+            # a chunk is stored whole, what lies beyond the array's end being padding
+            _skip(stream, (array.chunks[axis] - region[axis]) * row if shape else 0, label, path)
 
 
-def _decoded(path: Path | None, extent: Extent, zstd: bool) -> Any:
+class _Stream:
+    """A chunk's decoded bytes, with the time that reading and decoding them takes."""
+
+    def __init__(self, source: Any, file: _Range | None, spent: Spent) -> None:
+        self._source, self._file, self._spent = source, file, spent
+
+    def readinto(self, into: memoryview) -> int:
+        began, before = time.perf_counter(), self._file.seconds if self._file else 0.0
+        got = int(self._source.readinto(into))
+        read = (self._file.seconds if self._file else 0.0) - before
+        self._spent.read += read
+        self._spent.decode += time.perf_counter() - began - read
+        return got
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+
+def _decoded(path: Path | None, extent: Extent, zstd: bool, spent: Spent) -> _Stream:
+    file: _Range | None = None
     try:
-        raw: Any = _Range(path, extent.offset, extent.length) if path else io.BytesIO(extent.inline or b"")
+        if path is not None:
+            file = _Range(path, extent.offset, extent.length)
     except OSError as error:
         raise SourceRefused(Problem(f"{path}: {error.strerror}", RECOPY)) from error
-    if not zstd:
-        return io.BufferedReader(raw, READ_BYTES) if isinstance(raw, _Range) else raw
-    import zstandard
+    source: Any = file or io.BytesIO(extent.inline or b"")
+    if zstd:
+        import zstandard
 
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_size=READ_BYTES, closefd=True)
+        source = zstandard.ZstdDecompressor().stream_reader(source, read_size=READ_BYTES, closefd=True)
+    return _Stream(source, file, spent)
 
 
 class _Range(io.RawIOBase):
-    """Part of a file, as a stream."""
+    """Part of a file, as a stream that has the disk read ahead."""
 
     def __init__(self, path: Path, offset: int, length: int) -> None:
         # unbuffered: the readers above ask for a megabyte at a time
         self._file = path.open("rb", buffering=0)
-        self._file.seek(offset)
-        self._left = length
+        self._at, self._end = offset, offset + length
+        self._asked = offset
+        self.seconds = 0.0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        want = min(len(into), self._left)
-        got = self._file.readinto(memoryview(into)[:want]) if want else 0
-        self._left -= got or 0
-        return got or 0
+        began = time.perf_counter()
+        if self._asked < min(self._at + AHEAD_BYTES // 2, self._end):
+            ask = min(AHEAD_BYTES, self._end - self._asked)
+            will_read(self._file.fileno(), self._asked, ask)
+            self._asked += ask
+        want = min(len(into), self._end - self._at, 1 << 30)
+        got = os.preadv(self._file.fileno(), [memoryview(into)[:want]], self._at) if want else 0
+        self._at += got
+        self.seconds += time.perf_counter() - began
+        return got
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def _fill(stream: Any, into: memoryview, label: str, path: Path | None) -> None:
+def _fill(stream: _Stream, into: memoryview, label: str, path: Path | None) -> None:
     done = 0
     while done < len(into):
         got = _readinto(stream, into[done:], label, path)
@@ -115,26 +161,23 @@ def _fill(stream: Any, into: memoryview, label: str, path: Path | None) -> None:
         done += got
 
 
-def _skip(stream: Any, count: int, label: str, path: Path | None) -> None:
+def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
     scratch = memoryview(bytearray(min(count, READ_BYTES) or 1))
     while count:
-        got = _readinto(stream, scratch[: min(count, len(scratch))], label, path)
-        if got == 0:
-            raise SourceRefused(
-                Problem(f"{path or 'the index'}: {label} ends {count} bytes too soon", RECOPY)
-            )
-        count -= got
+        part = scratch[: min(count, len(scratch))]
+        _fill(stream, part, label, path)
+        count -= len(part)
     if _readinto(stream, scratch[:1], label, path):
         raise SourceRefused(
             Problem(f"{path or 'the index'}: {label} holds more bytes than its shape", RECOPY)
         )
 
 
-def _readinto(stream: Any, into: memoryview, label: str, path: Path | None) -> int:
+def _readinto(stream: _Stream, into: memoryview, label: str, path: Path | None) -> int:
     import zstandard
 
     try:
-        return int(stream.readinto(into))
+        return stream.readinto(into)
     except (zstandard.ZstdError, OSError) as error:
         raise SourceRefused(
             Problem(f"{path or 'the index'}: {label} cannot be decoded: {error}", RECOPY)

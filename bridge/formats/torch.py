@@ -7,8 +7,10 @@ time; writing puts every tensor at its final offset of a file that is laid out f
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats import Block, Format
+from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
 from bridge.formats.safetensors import Header, Placed, compose, read_header
-from bridge.specs import Spec, raw
+from bridge.formats.syscalls import allocate, will_read, write_back
+from bridge.specs import Spec, cells, raw, run_shape
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-BLOCK_BYTES = 8 << 20
+#: how much is written between two requests that the disk begin on it
+WRITE_BACK_BYTES = 32 << 20
+#: the most that one call reads or writes: Linux itself stops at 2 GiB, other systems refuse that much
+CALL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class TorchSource:
         return "streamed"
 
     def buffered_bytes(self, name: str) -> int:
-        return _block_rows(self.files[name][1].spec)[1]
+        return min(self.files[name][1].spec.nbytes, SLAB_BYTES)
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         spec = self.files[name][1].spec
@@ -64,24 +70,41 @@ class TorchSource:
             raise IndexError(f"rows of {name} are read in order: no step {step}")
         return self._rows(name, start, max(start, stop))
 
-    def blocks(self, name: str) -> Iterator[Block]:
-        spec = self.files[name][1].spec
-        step = _block_rows(spec)[0]
-        total = spec.shape[0] if spec.shape else 1
-        for start in range(0, total, step):
-            yield start, self._rows(name, start, min(start + step, total))
+    def slabs(
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+    ) -> Iterator[Slab]:
+        placed = self.files[name][1]
+        spec = Spec(placed.spec.shape if shape is None else shape, placed.spec.dtype)
+        slab = run_shape(spec, SLAB_BYTES)
+        buffer = np.empty(math.prod(slab), spec.dtype)
+        done = 0
+        for at, part in cells(spec.shape, slab):
+            values = buffer[: math.prod(part)]
+            began = time.perf_counter()
+            self._read_into(name, raw(values), done, ahead=SLAB_BYTES)
+            if spent is not None:
+                spent.read += time.perf_counter() - began
+            done += values.nbytes
+            yield at, values.reshape(part)
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        spec = self.files[name][1].spec
+        shape = spec.shape or (1,)
+        rows = np.empty((stop - start, *shape[1:]), spec.dtype)
+        self._read_into(name, raw(rows), start * (spec.nbytes // max(shape[0], 1)), ahead=0)
+        return rows
+
+    def _read_into(self, name: str, into: memoryview, offset: int, *, ahead: int) -> None:
+        """Fill ``into`` with a tensor's bytes from ``offset`` on; the disk is asked for what comes after."""
         path, placed = self.files[name]
-        shape = placed.spec.shape or (1,)
-        row = placed.spec.nbytes // max(shape[0], 1)
-        rows = np.empty((stop - start, *shape[1:]), placed.spec.dtype)
-        into = raw(rows)
+        left = placed.spec.nbytes - offset - len(into)
+        offset += placed.offset
         try:
             with path.open("rb", buffering=0) as file:
+                will_read(file.fileno(), offset + len(into), min(ahead, left))
                 done = 0
                 while done < len(into):
-                    got = os.preadv(file.fileno(), [into[done:]], placed.offset + start * row + done)
+                    got = os.preadv(file.fileno(), [into[done : done + CALL_BYTES]], offset + done)
                     if got == 0:
                         raise SourceRefused(
                             Problem(f"{path}: {name} ends {len(into) - done} bytes too soon", "copy it again")
@@ -93,14 +116,6 @@ class TorchSource:
                     f"{path}: {name} cannot be read: {error.strerror}", "check the file and its permissions"
                 )
             ) from error
-        return rows
-
-
-def _block_rows(spec: Spec) -> tuple[int, int]:
-    """Rows in a block, and its bytes."""
-    row = spec.nbytes // max(spec.shape[0] if spec.shape else 1, 1)
-    rows = max(1, BLOCK_BYTES // max(row, 1))
-    return rows, min(rows * row, spec.nbytes)
 
 
 def claims(location: Location) -> bool:
@@ -200,17 +215,23 @@ class TorchSink:
     path: Path
     header: Header
 
-    def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
+    def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         placed = self.header.tensors[name]
-        if array.dtype != placed.spec.dtype or array.shape[1:] != placed.spec.shape[1:]:
+        shape = placed.spec.shape
+        at = at or (0,) * len(shape)
+        if array.dtype != placed.spec.dtype or array.ndim != len(shape):
             raise ValueError(f"{name} is declared {placed.spec}, and got {Spec(array.shape, array.dtype)}")
-        row = placed.spec.nbytes // max(placed.spec.shape[0] if placed.spec.shape else 1, 1)
-        if start < 0 or start * row + array.nbytes > placed.spec.nbytes:
-            raise ValueError(f"{name} has {placed.spec.shape} rows, and got more")
-        data = raw(array)
+        cut = next((axis for axis, n in enumerate(array.shape) if n != 1), array.ndim)
+        if array.shape[cut + 1 :] != shape[cut + 1 :] or any(
+            a < 0 or a + n > total for a, n, total in zip(at, array.shape, shape, strict=True)
+        ):
+            raise ValueError(f"{name} is declared {placed.spec}, and got {list(array.shape)} at {list(at)}")
+        first = 0
+        for a, total in zip(at, shape, strict=True):
+            first = first * total + a
         fd = os.open(self.path, os.O_WRONLY)
         try:
-            _write_all(fd, data, placed.offset + start * row)
+            _write_all(fd, raw(array), placed.offset + first * array.dtype.itemsize)
         finally:
             os.close(fd)
 
@@ -225,22 +246,36 @@ class TorchSink:
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    done = 0
+    done = asked = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        done += os.pwrite(fd, data[done : done + CALL_BYTES], offset + done)
+        if done - asked >= WRITE_BACK_BYTES:
+            write_back(fd, offset + asked, done - asked)
+            asked = done
+    if done - asked >= 1 << 20:
+        write_back(fd, offset + asked, done - asked)
 
 
-def create(directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
+def create(
+    directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str]
+) -> TorchSink:
     """Lay out ``model.safetensors`` in a directory."""
-    return lay_out(directory / FILE, specs, metadata)
+    return lay_out(directory / FILE, specs, metadata, zeros)
 
 
-def lay_out(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> TorchSink:
-    """Make a file of its final size, header first. Tensors never written are zeros, as a hole."""
+def lay_out(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str] = ()
+) -> TorchSink:
+    """Make a file of its final size, header first. Tensors of ``zeros`` are a hole, and take no space."""
     first, header = compose(specs, metadata)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         os.ftruncate(fd, header.length)
+        begin = 0
+        for placed in sorted((header.tensors[name] for name in zeros), key=lambda placed: placed.offset):
+            allocate(fd, begin, placed.offset - begin)
+            begin = placed.offset + placed.spec.nbytes
+        allocate(fd, begin, header.length - begin)
         _write_all(fd, first, 0)
     finally:
         os.close(fd)
