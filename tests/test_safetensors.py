@@ -473,3 +473,33 @@ def test_a_config_that_is_not_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(SourceRefused, match=r"config\.json is not JSON"):
         open_torch(Location.parse(tmp_path))
+
+
+def test_what_is_written_behind_is_bounded_and_a_fault_of_the_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = syscalls.WriteBehind(limit=100)
+    waited: list[int] = []
+
+    def sync_file_range(fd: int, offset: int, length: int, flags: int) -> int:
+        if flags & 1:
+            waited.append(offset)
+        if offset == 150 and flags & 1:
+            ctypes.set_errno(errno.EIO)
+            return -1
+        return 0
+
+    monkeypatch.setattr(syscalls, "_libc", lambda *_: sync_file_range)
+    before = len(os.listdir("/proc/self/fd"))
+    with (tmp_path / "file").open("wb") as file:
+        for offset in (0, 50, 100, 150):
+            behind.wrote(file.fileno(), offset, 50)
+        assert waited == [0, 50]  # all but a hundred bytes
+        copy = pickle.loads(pickle.dumps(behind))
+        copy.finish()
+        assert waited == [0, 50]
+        with pytest.raises(OSError, match="Input/output error"):
+            behind.finish()
+        assert waited == [0, 50, 100, 150]
+    del behind, copy
+    assert len(os.listdir("/proc/self/fd")) == before

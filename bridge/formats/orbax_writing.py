@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
 from bridge.formats import RUN_BYTES
-from bridge.formats.syscalls import write_back
+from bridge.formats.syscalls import WriteBehind
 from bridge.specs import BFLOAT16, Spec, box, cells, raw, run_shape
 
 ITEM = "params"
@@ -36,6 +36,7 @@ class OrbaxSink:
 
     params: Path
     specs: Mapping[str, Spec]
+    behind: WriteBehind = field(default_factory=WriteBehind, compare=False)
 
     def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         spec = self.specs[name]
@@ -65,9 +66,10 @@ class OrbaxSink:
             done = 0
             while done < len(data):
                 done += file.write(memoryview(data)[done:])
-            write_back(file.fileno(), 0, len(data))
+            self.behind.wrote(file.fileno(), 0, len(data))
 
     def finish(self) -> None:
+        self.behind.finish()
         (self.params / "_METADATA").write_text(_metadata(self.specs))
 
 

@@ -1,7 +1,7 @@
-"""System calls that make large files cheap: advice, allocation, early write-back.
+"""System calls that make large files cheap: read-ahead, allocation, write-behind.
 
 Each is a help and none is needed: where a system or a file system lacks one (macOS, network file
-systems), nothing happens and the plain calls do the work. Only a full disk is reported.
+systems), nothing happens and the plain calls do the work. Only faults of the disk are reported.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
+from collections import deque
 from functools import cache
 from typing import Any
 
-_SYNC_FILE_RANGE_WRITE = 2
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LONG = ctypes.c_longlong
 
 
@@ -39,16 +42,70 @@ def allocate(fd: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code == errno.EINTR:
             continue
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if code in _FAULTS:
             raise OSError(code, os.strerror(code))
         return
 
 
-def write_back(fd: int, offset: int, length: int) -> None:
-    """Start writing a part of a file to the disk, so that the sync at the end finds little to do."""
+def _write_back(fd: int, offset: int, length: int, flags: int) -> None:
     sync_file_range = _libc("sync_file_range", ctypes.c_int, _LONG, _LONG, ctypes.c_uint)
-    if sync_file_range is not None:
-        sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+    if sync_file_range is not None and sync_file_range(fd, offset, length, flags):
+        code = ctypes.get_errno()
+        # the system tells of a fault once: passed over here, the sync at the end would succeed
+        if code in _FAULTS:
+            raise OSError(code, os.strerror(code))
+
+
+class WriteBehind:
+    """Has the disk write what was written while more is made, and keeps little of it in the page cache.
+
+    Output many times larger than the cache would else push everything out of it, and on a virtual
+    machine every new page of the cache is memory that the host has to find. What is not on disk
+    yet stays within `limit` bytes. Safe to use from several threads; a pickled copy starts empty.
+    """
+
+    def __init__(self, limit: int = 128 << 20) -> None:
+        self._limit = limit
+        self._begun: deque[tuple[int, int, int]] = deque()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def wrote(self, fd: int, offset: int, length: int) -> None:
+        """Note that a part of a file was written.
+
+        Raises:
+            OSError: the disk could not take this part or an earlier one.
+        """
+        _write_back(fd, offset, length, _WRITE)
+        with self._lock:
+            self._begun.append((os.dup(fd), offset, length))
+            self._bytes += length
+        self._settle(self._limit)
+
+    def finish(self) -> None:
+        """Wait until all of it is on disk. Raises OSError as :meth:`wrote`."""
+        self._settle(0)
+
+    def _settle(self, limit: int) -> None:
+        while True:
+            with self._lock:
+                if self._bytes <= limit:
+                    return
+                fd, offset, length = self._begun.popleft()
+                self._bytes -= length
+            try:
+                _write_back(fd, offset, length, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+    def __reduce__(self) -> tuple[type[WriteBehind], tuple[int]]:
+        return WriteBehind, (self._limit,)
+
+    def __del__(self) -> None:
+        for fd, _, _ in self._begun:
+            os.close(fd)
 
 
 def will_read(fd: int, offset: int, length: int) -> None:

@@ -21,16 +21,14 @@ from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
 from bridge.formats.safetensors import Header, Placed, compose, read_header
-from bridge.formats.syscalls import allocate, will_read, write_back
+from bridge.formats.syscalls import WriteBehind, allocate, will_read
 from bridge.specs import Spec, cells, raw, run_shape
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-#: how much is written between two requests that the disk begin on it
-WRITE_BACK_BYTES = 32 << 20
 #: the most that one call reads or writes: Linux itself stops at 2 GiB, other systems refuse that much
-CALL_BYTES = 64 << 20
+CALL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -214,6 +212,7 @@ class TorchSink:
 
     path: Path
     header: Header
+    behind: WriteBehind = field(default_factory=WriteBehind, compare=False)
 
     def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         placed = self.header.tensors[name]
@@ -231,11 +230,16 @@ class TorchSink:
             first = first * total + a
         fd = os.open(self.path, os.O_WRONLY)
         try:
-            _write_all(fd, raw(array), placed.offset + first * array.dtype.itemsize)
+            data, offset = raw(array), placed.offset + first * array.dtype.itemsize
+            for start in range(0, len(data), CALL_BYTES):
+                part = data[start : start + CALL_BYTES]
+                _write_all(fd, part, offset + start)
+                self.behind.wrote(fd, offset + start, len(part))
         finally:
             os.close(fd)
 
     def finish(self) -> None:
+        self.behind.finish()
         fd = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -246,14 +250,9 @@ class TorchSink:
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    done = asked = 0
+    done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + CALL_BYTES], offset + done)
-        if done - asked >= WRITE_BACK_BYTES:
-            write_back(fd, offset + asked, done - asked)
-            asked = done
-    if done - asked >= 1 << 20:
-        write_back(fd, offset + asked, done - asked)
 
 
 def create(
