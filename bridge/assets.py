@@ -7,10 +7,11 @@ they always travel (openpi, training/checkpoints.py, ``load_norm_stats``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.location import Location
+from bridge.formats.marks import Mark, mark
 
 DIRECTORY = "assets"
 NORM_STATS = "norm_stats.json"
@@ -23,13 +24,17 @@ class Assets:
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    """The files as they were before they were read."""
 
 
 def read_assets(root: Location) -> Assets:
     """Read the assets beside a checkpoint's weights."""
     directory = root / DIRECTORY
     files: dict[str, bytes] = {}
-    for path in directory.files():
+    paths = directory.files()
+    marks = mark(directory.local / path for path in paths) if directory.local is not None else {}
+    for path in paths:
         data = (directory / path).read_bytes()
         if data is not None:
             files[f"{DIRECTORY}/{path}"] = data
@@ -46,5 +51,6 @@ def read_assets(root: Location) -> Assets:
             (
                 f"no {NORM_STATS} under {directory}: the policy needs its own to run, copy them beside the output",
             ),
+            marks,
         )
-    return Assets(files)
+    return Assets(files, marks=marks)

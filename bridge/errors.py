@@ -6,6 +6,7 @@ sees all of them at once. Nothing has been written when one is raised.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,14 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.cause}\n  fix: {self.fix}"
+        return f"{printable(self.cause)}\n  fix: {printable(self.fix)}"
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal: a name may hold line breaks, escapes, or bytes of no encoding."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 class Refusal(Exception):
@@ -58,6 +66,32 @@ class ProofFailed(Refusal):
 
 class PluginRefused(Refusal):
     """A registered adapter or format cannot be loaded."""
+
+
+#: what mends a failure of the operating system
+_FIXES = {
+    errno.ENOSPC: "free some space, or name an output elsewhere",
+    errno.EDQUOT: "your quota is used up: free some space, or name an output elsewhere",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or name an output on another file system",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or use --workers 1",
+    errno.ENFILE: "the system has too many files open: end other processes, and run again",
+    errno.EACCES: "check the permissions of the path",
+    errno.EPERM: "check the permissions of the path",
+    errno.EROFS: "the file system is mounted read-only: name a path on another",
+    errno.EIO: "the disk or its connection fails: check the system's log before anything is written to it again",
+    errno.ELOOP: "symlinks of the path lead in a circle: name the path itself",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ENOMEM: "use --workers 1, or a machine with more memory",
+    errno.ESTALE: "mount the network file system again",
+}
+
+
+def system_problem(error: OSError, where: object = None) -> Problem:
+    """What the operating system refused, with the file, or ``where`` when it does not say one."""
+    name = error.filename if error.filename is not None else where
+    said = error.strerror or str(error) or type(error).__name__
+    cause = said if name is None else f"{name}: {said}"
+    return Problem(cause, _FIXES.get(error.errno or 0, "check the path and its file system, and run again"))
 
 
 def refuse_if(problems: Iterable[Problem], kind: type[Refusal]) -> None:

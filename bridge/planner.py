@@ -6,21 +6,24 @@ fault it finds. Printing it is the dry run; running it streams (:mod:`bridge.run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge import converters
 from bridge.assets import Assets, read_assets
 from bridge.checkpoint import Checkpoint, open_source, understand
+from bridge.destination import check_apart, check_destination, check_kept, check_space
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
+from bridge.formats import Source
 from bridge.formats.location import Location
+from bridge.formats.marks import Mark
 from bridge.graph import Loss, Route, State, route
 from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.model import Facts, Layout
 from bridge.outputs import Output, leaf_output, tensor_output
-from bridge.publish import check_apart, check_destination, check_space
 from bridge.scales import Scale, scales
 from bridge.specs import BFLOAT16, FLOAT32, WEIGHT_DTYPES, Spec
 from bridge.step import Step
@@ -77,6 +80,8 @@ class Plan:
     options: Options = Options()
     overwrite: bool = False
     workers: int = 2
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    """Every local file that the plan depends on, as it was when it was opened."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -210,6 +215,8 @@ def plan(
     Raises:
         Refusal: with every problem found.
     """
+    if dst is not None and "://" in str(dst):
+        raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))
     options = Options(
         dtype, layout, action_horizon, keep_alpha, rank, with_base, base_name, modules_to_save,
         fold, value_suffix, lossy,
@@ -272,7 +279,7 @@ def plan(
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
     dtype = dtype or ("float32" if folds else "bfloat16" if target is converters.TORCH_MERGED else "keep")
-    notes = list(source.notes)
+    notes = [*source.notes, *_elsewhere(source)]
     approximated = options.compress_to is not None and target is converters.PEFT
     assets = read_assets(source.root)
     if inputs.base is not None and not assets.files:
@@ -310,12 +317,37 @@ def plan(
     loss = max(edge.loss for edge in way)
     if approximated or any(_narrows(output) for output in outputs):
         loss = max(loss, Loss.ROUND)
+    marks = dict(assets.marks)
+    for each in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
+        marks.update(each.marks)
     made = Plan(
-        inputs, destination, way, loss, alphas, outputs, tuple(notes), options, overwrite, max(1, workers)
+        inputs,
+        destination,
+        way,
+        loss,
+        alphas,
+        outputs,
+        tuple(notes),
+        options,
+        overwrite,
+        max(1, workers),
+        marks,
     )
     if destination is not None:
+        refuse_if(check_kept(destination, marks), OutputRefused)
         refuse_if(check_space(destination, made.bytes_written), OutputRefused)
     return made
+
+
+def _elsewhere(source: Source) -> list[str]:
+    """Files of a source that symlinks bring in from elsewhere, as a hub's cache does; said aloud."""
+    root = os.path.realpath(str(source.root.local))
+    real = {path: os.path.realpath(path) for path in source.marks}
+    out = [path for path, whence in real.items() if os.path.commonpath([root, whence]) != root]
+    if not out:
+        return []
+    more = f", and {len(out) - 1} more" if len(out) > 1 else ""
+    return [f"{out[0]} is a symlink to {real[out[0]]}{more}"]
 
 
 def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint:

@@ -1,114 +1,136 @@
 """Outputs that appear whole or not at all.
 
-A directory is built beside its destination under a private name, synced, and renamed. An output
-that is overwritten stands until the new one is whole: the two are exchanged, then the old goes.
+A directory is built beside its destination under a private name, under a lock, brought to disk,
+and renamed. An output that is overwritten stands until the new one is whole: the two are
+exchanged, and when that is on disk the old one is deleted. What a killed run left behind is
+recognised by its name and removed by the next run to the same destination.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
+import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.errors import OutputRefused, Problem
+from bridge.errors import OutputRefused, Problem, system_problem
+from bridge.lock import locked
+from bridge.renaming import ASIDE, exchange, lists, place, sync_directory, sync_tree
 
 RECORD = "bridge.json"
 
-_AT_FDCWD = -100
-_NOREPLACE = 1
-_EXCHANGE = 2
 
-
-def check_apart(destination: Path, source: Path | None) -> list[Problem]:
-    """Whether an output and what it is made from lie inside each other."""
-    if source is None:
-        return []
-    real, whence = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
-    if real == whence or whence in real.parents:
-        return [Problem(f"{destination} lies inside the source {source}", "name an output outside of it")]
-    if real in whence.parents:
-        return [Problem(f"the source {source} lies inside {destination}", "name an output beside it")]
-    return []
-
-
-def check_destination(destination: Path, source: Path | None, *, overwrite: bool) -> list[Problem]:
-    """What forbids writing to ``destination``, before anything is read."""
-    problems = check_apart(destination, source)
-    if os.path.lexists(destination):
-        if not overwrite:
-            problems.append(
-                Problem(f"{destination} exists", "name another output, or add --overwrite to replace it")
-            )
-        elif not _replaceable(destination):
-            problems.append(
-                Problem(
-                    f"{destination} exists and was not written by bridge (it has no {RECORD})",
-                    "remove it yourself, or name another output",
-                )
-            )
-    if max(len(os.fsencode(part)) for part in destination.parts) > 255:
-        problems.append(Problem(f"{destination}: a name in it has more than 255 bytes", "name a shorter one"))
-    existing = destination.parent
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        problems.append(Problem(f"{existing} is not a directory", "name an output in a directory"))
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problems.append(
-            Problem(f"{existing} cannot be written to", "name another output, or change its mode")
-        )
-    return problems
-
-
-def _replaceable(path: Path) -> bool:
+def replaceable(path: Path) -> bool:
+    """Whether ``--overwrite`` may replace it: an output of bridge, or an empty directory."""
     return path.is_dir() and not path.is_symlink() and ((path / RECORD).is_file() or not any(path.iterdir()))
 
 
-def check_space(destination: Path, needed: int) -> list[Problem]:
-    """Whether the file system of ``destination`` has room for the output."""
-    existing = destination.parent
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free >= needed:
-        return []
-    return [
-        Problem(
-            f"{destination} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there",
-            "free some space, name an output elsewhere, or add --dtype bfloat16",
-        )
-    ]
-
-
 @contextlib.contextmanager
-def publishing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = None) -> Iterator[Path]:
     """Yield a private directory beside ``destination``; rename it there when the block ends well.
 
-    On any exception the private directory is removed and nothing else has changed.
+    On any exception the private directory is removed and nothing else has changed, unless the
+    exception came when the output was in its place: then a note of the exception says so.
+
+    Args:
+        destination: an absolute path.
+        overwrite: replace what bridge has written there.
+        notes: what was found left over and what was done about it is appended.
 
     Raises:
-        OutputRefused: the destination has come to exist meanwhile.
+        OutputRefused: another run writes there, the destination has come to exist meanwhile, or
+            the system refuses to write.
     """
+    notes = [] if notes is None else notes
     made: list[Path] = []
-    private = destination.parent / f".{destination.name[:40]}.bridge-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _make_parents(destination.parent, made)
-        private.mkdir()
-        yield private
-        _sync_tree(private)
-        _rename(private, destination, overwrite=overwrite)
-        _sync(destination.parent)
-    except BaseException:
-        shutil.rmtree(private, ignore_errors=True)
+        with locked(destination.with_name(f"{_prefix(destination)}lock"), destination) as alone:
+            if alone:
+                notes += sweep(destination)
+            if os.path.lexists(destination) and not overwrite:
+                raise _came_to_exist(destination)
+            with _private(destination, notes) as private:
+                yield private
+                sync_tree(private)
+                _put(private, destination, overwrite=overwrite)
+    except BaseException as error:
         for directory in reversed(made):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OutputRefused(system_problem(error, destination)) from error
         raise
+
+
+def sweep(destination: Path) -> list[str]:
+    """Remove what killed runs to this destination left beside it; says what. Takes the lock."""
+    notes = []
+    name = re.compile(re.escape(_prefix(destination)) + rf"(\d+)-[0-9a-f]{{8}}({ASIDE})?")
+    for found in lists(destination.parent):
+        match, path = name.fullmatch(found), destination.with_name(found)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        pid = int(match[1])
+        if pid != os.getpid() and _alive(pid):
+            notes.append(f"{path} is left over, or of a run on another machine: process {pid} is alive here")
+        elif match[2] and not os.path.lexists(destination):
+            # killed between the two renames that stand for an exchange
+            path.rename(destination)
+            sync_directory(destination.parent)
+            notes.append(f"{destination} was set aside by a run that was killed (pid {pid}), and is back")
+        else:
+            notes.append(_remove(path) or f"removed {path}, left over from a run that was killed (pid {pid})")
+    return notes
+
+
+def _prefix(destination: Path) -> str:
+    """How names of the lock and of private directories begin; short, where the output's is long."""
+    return f".{destination.name[:20]}.bridge-{zlib.crc32(os.fsencode(destination.name)):08x}-"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
+    """A directory beside the destination; what is under its name in the end is removed."""
+    private = destination.with_name(f"{_prefix(destination)}{os.getpid()}-{secrets.token_hex(4)}")
+    made: os.stat_result | None = None
+    try:
+        private.mkdir()
+        made = os.lstat(private)
+        yield private
+    except BaseException as error:
+        if (
+            made is not None
+            and os.path.lexists(destination)
+            and os.path.samestat(made, os.lstat(destination))
+        ):
+            error.add_note(f"{destination} is written, and whole")
+            with contextlib.suppress(OSError):
+                sync_directory(destination.parent)
+        raise
+    finally:
+        if said := _remove(private):
+            notes.append(said)
+
+
+def _remove(path: Path) -> str:
+    """Remove a directory; says so where it cannot be done."""
+    shutil.rmtree(path, ignore_errors=True)
+    return f"{path} could not be removed, and can be" if os.path.lexists(path) else ""
 
 
 def _make_parents(directory: Path, made: list[Path]) -> None:
@@ -118,54 +140,33 @@ def _make_parents(directory: Path, made: list[Path]) -> None:
         missing.append(directory)
         directory = directory.parent
     for path in reversed(missing):
-        path.mkdir()
-        made.append(path)
+        with contextlib.suppress(FileExistsError):  # another run made it
+            path.mkdir()
+            made.append(path)
+            sync_directory(path.parent)
 
 
-def _rename(private: Path, destination: Path, *, overwrite: bool) -> None:
+def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
+    """Rename, and bring that to disk; undone where the disk fails."""
     try:
         if not os.path.lexists(destination):
-            _renameat2(private, destination, _NOREPLACE)
-        elif overwrite and _replaceable(destination):
-            _renameat2(private, destination, _EXCHANGE)
-            shutil.rmtree(private)
+            rename = place
+        elif overwrite and replaceable(destination):
+            rename = exchange
         else:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            raise FileExistsError
+        rename(private, destination)
     except FileExistsError as error:
-        raise OutputRefused(
-            Problem(f"{destination} came to exist while bridge was running", "name another output")
-        ) from error
-
-
-def _renameat2(old: Path, new: Path, flags: int) -> None:
-    """Linux's rename without clobbering, or with exchange; plain renames where it is missing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        if libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), str(new))
-    if flags == _EXCHANGE:
-        aside = old.with_name(old.name + "-old")
-        new.rename(aside)
-        old.rename(new)
-        aside.rename(old)
-    else:
-        # onto an empty directory rename succeeds, which is the one case this cannot tell
-        old.rename(new)
-
-
-def _sync_tree(directory: Path) -> None:
-    for root, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+        raise _came_to_exist(destination) from error
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync_directory(destination.parent)
+    except OSError:
+        # the old output has not been deleted yet
+        rename(destination, private)
+        raise
+
+
+def _came_to_exist(destination: Path) -> OutputRefused:
+    return OutputRefused(
+        Problem(f"{destination} came to exist while bridge was running", "name another output")
+    )

@@ -16,8 +16,10 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from bridge import converters
-from bridge.errors import Problem, Refusal, ValueRefused, refuse_if
-from bridge.formats import Sink
+from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
+from bridge.formats import Format, Sink
+from bridge.formats.location import Location
+from bridge.formats.marks import changed
 from bridge.outputs import Output
 from bridge.pieces import Done, Tick
 from bridge.planner import Plan
@@ -43,6 +45,8 @@ class Result:
     """Highest resident memory of this process so far, in bytes."""
     checksum: str
     """xxh3-128 over the checksums of all tensors, in order of name."""
+    notes: tuple[str, ...] = ()
+    """What killed runs had left beside the destination, and what was done about it."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -60,17 +64,26 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
             a fork: a process pool needs ``mp_context=multiprocessing.get_context("spawn")``.
 
     Raises:
-        Refusal: a value cannot be converted, the source cannot be read, or the destination has
-            come to exist. Nothing is left behind.
+        Refusal: a value cannot be converted, the source cannot be read or changed meanwhile, the
+            output cannot be written, another run writes it, or the destination has come to exist.
+            Nothing is left behind.
     """
     if plan.destination is None:
         raise ValueError("this plan has no destination")
     began = time.perf_counter()
     counter = _Counter(plan.bytes_decoded, progress)
-    with publishing(plan.destination, overwrite=plan.overwrite) as directory:
-        checksums = {
-            output.where: _make(plan, output, directory, counter.add, executor) for output in plan.outputs
-        }
+    notes: list[str] = []
+    with publishing(plan.destination, overwrite=plan.overwrite, notes=notes) as directory:
+        try:
+            checksums = {
+                output.where: _make(plan, output, directory, counter.add, executor) for output in plan.outputs
+            }
+        except Exception as error:
+            # whatever was found wrong with files that changed: that they did is the cause
+            if problems := changed(plan.marks):
+                raise SourceRefused(*problems) from error
+            raise
+        refuse_if(changed(plan.marks), SourceRefused)
         if plan.output.state is converters.PEFT:
             from bridge.proof import prove_adapter
 
@@ -83,6 +96,7 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         seconds=time.perf_counter() - began,
         peak_memory=peak_memory(),
         checksum=checksums[""],
+        notes=tuple(notes),
     )
 
 
@@ -101,7 +115,25 @@ def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Exe
         path.write_bytes(data)
     sums = {name: checksum for each in done for name, checksum in each.written.items()}
     (place / RECORD).write_text(record_text(plan, output, done, sums))
+    _reopen(format, place, output)
     return combined(sums)
+
+
+def _reopen(format: Format, place: Path, output: Output) -> None:
+    """Open what was written as any reader would: an output that this refuses is not published."""
+    try:
+        found = dict(format.open(Location.parse(place)).specs)
+    except Refusal as refused:
+        raise OutputRefused(*refused.problems) from refused
+    if found != output.specs:
+        name = next(name for name in {**output.specs, **found} if found.get(name) != output.specs.get(name))
+        raise OutputRefused(
+            Problem(
+                f"{place}: {name} is {found.get(name, 'missing')} when read back, "
+                f"not {output.specs.get(name, 'planned')}",
+                "check the disk, and convert again; where it stays, report it",
+            )
+        )
 
 
 def run_steps(

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import publish
+from bridge import renaming
+from bridge.destination import check_destination, check_space
 from bridge.errors import OutputRefused
-from bridge.publish import RECORD, check_destination, check_space, publishing
+from bridge.publish import RECORD, publishing
 from tests import checkpoints
 
 
@@ -79,7 +80,10 @@ def test_parents_that_others_use_stay(tmp_path: Path) -> None:
 
 
 def test_parents_are_removed_when_not_all_can_be_made(tmp_path: Path) -> None:
-    with pytest.raises(OSError), publishing(tmp_path / "a" / ("b" * 300) / "out", overwrite=False):
+    with (
+        pytest.raises(OutputRefused, match="too long"),
+        publishing(tmp_path / "a" / ("b" * 300) / "out", overwrite=False),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +122,7 @@ def test_something_else_in_the_place_of_what_should_be_overwritten(tmp_path: Pat
 @pytest.mark.parametrize("renameat2", [True, False])
 def test_overwriting_exchanges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renameat2: bool) -> None:
     if not renameat2:  # as on a libc without it, or macOS
-        monkeypatch.setattr(publish.ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace())
+        monkeypatch.setattr(renaming.ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace())
     out = tmp_path / "out"
     output(out)
     with publishing(out, overwrite=True) as directory:
@@ -144,10 +148,10 @@ def test_a_file_system_without_the_flags(tmp_path: Path, monkeypatch: pytest.Mon
     """NFS and some FUSE mounts say EINVAL to renameat2's flags."""
 
     def refuse(*args: object) -> int:
-        publish.ctypes.set_errno(errno.EINVAL)
+        renaming.ctypes.set_errno(errno.EINVAL)
         return -1
 
-    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace(renameat2=refuse))
+    monkeypatch.setattr(renaming.ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace(renameat2=refuse))
     assert output(tmp_path / "out") == {"assets": None, "assets/stats.json": "old", RECORD: "old"}
 
 
@@ -158,8 +162,11 @@ def test_a_rename_that_fails_leaves_the_old_output(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(publish, "_renameat2", fail)
-    with pytest.raises(OSError), publishing(out, overwrite=True) as directory:
+    monkeypatch.setattr(renaming, "_renameat2", fail)
+    with (
+        pytest.raises(OutputRefused, match="Input/output error"),
+        publishing(out, overwrite=True) as directory,
+    ):
         fill(directory, "new")
     assert listing(out) == old and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -197,18 +204,18 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, rename = os.fsync, publish._renameat2
+    fsync, rename = os.fsync, renaming._renameat2
 
     def record_sync(fd: int) -> None:
         events.append(os.readlink(f"/proc/self/fd/{fd}"))
         fsync(fd)
 
-    def record_rename(old: Path, new: Path, flags: int) -> None:
+    def record_rename(old: Path, new: Path, flags: int) -> bool:
         events.append("rename")
-        rename(old, new, flags)
+        return rename(old, new, flags)
 
     monkeypatch.setattr(os, "fsync", record_sync)
-    monkeypatch.setattr(publish, "_renameat2", record_rename)
+    monkeypatch.setattr(renaming, "_renameat2", record_rename)
     out = tmp_path / "out"
     with publishing(out, overwrite=False) as directory:
         fill(directory, "new")

@@ -546,10 +546,10 @@ OUTPUTS = {
         existing(lambda path: (path.mkdir(), (path / "mine").write_text("x"))),
     ),
     "a file, to overwrite": Row(
-        r"exists and was not written by bridge", options(overwrite=True), existing(lambda path: path.write_text("x"))
+        r"made/out exists and is a file$", options(overwrite=True), existing(lambda path: path.write_text("x"))
     ),
     "a symlink, to overwrite": Row(
-        r"exists and was not written by bridge",
+        r"made/out exists and is a symlink to real$",
         options(overwrite=True),
         existing(lambda path: (path.with_name("real").mkdir(), path.symlink_to("real"))),
     ),

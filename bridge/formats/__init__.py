@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from bridge.formats.location import Location
+from bridge.formats.marks import Mark
 from bridge.specs import Spec
 
 Slab = tuple[tuple[int, ...], np.ndarray]
@@ -67,6 +68,11 @@ class Source(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What opening it had to decide, to be said aloud."""
+        ...
+
+    @property
+    def marks(self) -> Mapping[str, Mark]:
+        """The local files that it reads, as they were when it was opened."""
         ...
 
     def stored_bytes(self, name: str) -> int:

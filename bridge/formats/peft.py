@@ -14,6 +14,7 @@ from pathlib import Path
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import Format
 from bridge.formats.location import Location
+from bridge.formats.marks import mark
 from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.specs import Spec
 
@@ -47,6 +48,7 @@ def open_peft(location: Location) -> TorchSource:
     for name in (FILE, CONFIG):
         if name not in names:
             raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again, whole"))
+    marks = mark([location.local / CONFIG])
     text = (location / CONFIG).read_bytes() or b""
     try:
         if len(text) > MAX_CONFIG:
@@ -59,7 +61,8 @@ def open_peft(location: Location) -> TorchSource:
             Problem(f"{location / CONFIG} is damaged: {error}", "copy the adapter again, whole")
         ) from error
     source = source_of(location, location, [location.local / FILE], None)
-    return replace(source, metadata={**source.metadata, CONFIG: config}, format="peft")
+    metadata = {**source.metadata, CONFIG: config}
+    return replace(source, metadata=metadata, format="peft", marks={**source.marks, **marks})
 
 
 def create(

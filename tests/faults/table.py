@@ -183,7 +183,10 @@ class Expect:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row: one way to provoke a fault of the list above. One that cannot be provoked has neither ``provoke`` nor ``expect``, and says why."""
+    """A row: one way to provoke a fault of the list above.
+
+    One that cannot be provoked has neither ``provoke`` nor ``expect``, and says why.
+    """
 
     number: int
     title: str
