@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bridge.errors import printable
 from bridge.names import grouped
 from bridge.pieces import LeafFactors, LeafWeights
 from bridge.specs import Spec
@@ -32,6 +33,11 @@ def plan_text(plan: Plan, width: int) -> str:
 
 
 def head(plan: Plan) -> Iterator[str]:
+    """Lines: a line break in a path does not make one."""
+    return map(printable, _head(plan))
+
+
+def _head(plan: Plan) -> Iterator[str]:
     checkpoint, base = plan.checkpoint, plan.inputs.base
     yield f"source       {checkpoint.source.location}"
     yield f"             {checkpoint.state}, model {plan.inputs.model.name}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge.converters import STATES, TARGETS
+from bridge.errors import printable
 
 from .options import lora, ranks
 from .show import columns, common, progress, say
@@ -138,7 +139,8 @@ def _result_lines(result: Result) -> list[str]:
 
     rate = size(result.bytes_per_second)
     return [
-        f"{click.style('wrote', fg='green')}        {result.destination}, {result.tensors} tensors",
+        *(f"note         {printable(note)}" for note in result.notes),
+        f"{click.style('wrote', fg='green')}        {printable(str(result.destination))}, {result.tensors} tensors",
         f"             read {size(result.bytes_read)}, wrote {size(result.bytes_written)} "
         f"in {result.seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
         f"             checksum {result.checksum}",
@@ -153,6 +155,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "bytes_per_second": result.bytes_per_second,
         "peak_memory": result.peak_memory,
         "checksum": result.checksum,
+        "leftovers": list(result.notes),
     }
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import signal
+import os
 import sys
-from types import FrameType
+import traceback
 from typing import Any, NoReturn
 
 import click
 
-from bridge.errors import Problem, Refusal
+from bridge.errors import Problem, Refusal, printable, system_problem
 
 from .convert import convert
 from .demo import demo
 from .diff import diff
 from .inspect import inspect
 from .routes import routes
+from .signals import Stopped, catch_signals
 from .verify import verify
 
 
@@ -38,48 +41,59 @@ for command in (convert, verify, diff, inspect, routes, demo):
     cli.add_command(command)
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is half written is removed on the way out."""
-
-
 def main() -> NoReturn:
-    """Run the command. Exit status: 0 done, 1 refused or failed, 2 usage, 130 or 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
-    arguments = sys.argv[1:]
+    """Run the command, and end the process whatever threads are still about."""
+    status = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if status:
+        # a thread that waits for a disk or a network would keep a failed process alive
+        os._exit(status)
+    sys.exit(0)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns the exit status.
+
+    0 done, 1 refused or failed, 2 wrong usage, and 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM.
+    """
+    catch_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names on disk may be bytes of no encoding, and must not make a message fail
+            stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(cli.main(arguments, prog_name="bridge", standalone_mode=False) or 0)
+        return cli.main(arguments, prog_name="bridge", standalone_mode=False) or 0
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return int(done.exit_code)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return int(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: nothing was written", err=True)
-        sys.exit(130)
-    except Terminated:
-        click.echo("terminated: nothing was written", err=True)
-        sys.exit(143)
+        return 130
+    except Stopped as stopped:
+        said = "; ".join(getattr(stopped, "__notes__", ())) or "nothing was written"
+        click.echo(f"{stopped.word}: {printable(said)}", err=True)
+        return stopped.status
     except BrokenPipeError:
         # the reader of our output went away (`bridge inspect … | head`): not a failure to report
         sys.stderr.close()
-        sys.exit(1)
+        return 1
     except Exception as error:
         if "--debug" in arguments:
-            raise
-        _report(_problems(error), as_json="--json" in arguments)
-        sys.exit(1)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+            traceback.print_exc()
+        else:
+            _report(_problems(error), as_json="--json" in arguments)
+        return 1
 
 
 def _problems(error: Exception) -> tuple[Problem, ...]:
     if isinstance(error, Refusal):
         return error.problems
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return (Problem(f"{where}{error.strerror or error}", "free space, check permissions, and run again"),)
+        return (system_problem(error),)
     if isinstance(error, MemoryError):
         return (Problem("out of memory", "use --workers 1, or a machine with more of it"),)
     return (
@@ -92,8 +106,8 @@ def _problems(error: Exception) -> tuple[Problem, ...]:
 
 def _report(problems: tuple[Problem, ...], *, as_json: bool) -> None:
     for problem in problems:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {problem.cause}", err=True)
-        click.echo(f"  {click.style('fix:', bold=True)} {problem.fix}", err=True)
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(problem.cause)}", err=True)
+        click.echo(f"  {click.style('fix:', bold=True)} {printable(problem.fix)}", err=True)
     if as_json:
         found: list[dict[str, Any]] = [{"cause": each.cause, "fix": each.fix} for each in problems]
         click.echo(json.dumps({"errors": found}, indent=2))

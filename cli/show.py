@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
+
+from bridge.errors import printable
+
+#: line breaks and styles, which are ours; what else is not printable came in with a name
+_OURS = re.compile(r"(\n|\x1b\[[0-9;]*m)")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +29,8 @@ def common(command: F) -> F:
 
 def say(text: str, *, as_json: bool = False) -> None:
     """Print for people: to stdout, or to stderr where stdout is kept for machines."""
-    click.echo(text, err=as_json)
+    parts = _OURS.split(text)
+    click.echo("".join(p if i % 2 else printable(p) for i, p in enumerate(parts)), err=as_json)
 
 
 def columns() -> int:

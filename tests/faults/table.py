@@ -241,25 +241,16 @@ def check(fault: Fault, scene: Scene) -> None:
 
 def run_here(arguments: list[str]) -> Ran:
     """Run the command in this process."""
-    from bridge.cli.main import main
+    from bridge.cli.main import run
 
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    argv = sys.argv
     try:
-        sys.argv = ["bridge", *arguments]
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as end,
-        ):
-            main()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run(arguments)
     finally:
-        sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    code = end.value.code
-    assert isinstance(code, int), code
     return Ran(code, out.getvalue(), err.getvalue())
 
 
