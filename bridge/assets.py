@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.location import Location
-from bridge.formats.marks import Mark, mark
+from bridge.formats.stamps import Stamp, take
 
 DIRECTORY = "assets"
 NORM_STATS = "norm_stats.json"
@@ -24,7 +24,7 @@ class Assets:
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
-    marks: Mapping[str, Mark] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """The files as they were before they were read."""
 
 
@@ -33,7 +33,7 @@ def read_assets(root: Location) -> Assets:
     directory = root / DIRECTORY
     files: dict[str, bytes] = {}
     paths = directory.files()
-    marks = mark(directory.local / path for path in paths) if directory.local is not None else {}
+    stamps = take(directory.local / path for path in paths) if directory.local is not None else {}
     for path in paths:
         data = (directory / path).read_bytes()
         if data is not None:
@@ -51,6 +51,6 @@ def read_assets(root: Location) -> Assets:
             (
                 f"no {NORM_STATS} under {directory}: the policy needs its own to run, copy them beside the output",
             ),
-            marks,
+            stamps,
         )
-    return Assets(files, marks=marks)
+    return Assets(files, stamps=stamps)

@@ -19,7 +19,7 @@ from bridge.destination import check_apart, check_destination, check_kept, check
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats import Source
 from bridge.formats.location import Location
-from bridge.formats.marks import Mark
+from bridge.formats.stamps import Stamp
 from bridge.graph import Loss, Route, State, route
 from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.model import Facts, Layout
@@ -80,7 +80,7 @@ class Plan:
     options: Options = Options()
     overwrite: bool = False
     workers: int = 2
-    marks: Mapping[str, Mark] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """Every local file that the plan depends on, as it was when it was opened."""
 
     @property
@@ -317,9 +317,9 @@ def plan(
     loss = max(edge.loss for edge in way)
     if approximated or any(_narrows(output) for output in outputs):
         loss = max(loss, Loss.ROUND)
-    marks = dict(assets.marks)
+    stamps = dict(assets.stamps)
     for each in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
-        marks.update(each.marks)
+        stamps.update(each.stamps)
     made = Plan(
         inputs,
         destination,
@@ -331,10 +331,10 @@ def plan(
         options,
         overwrite,
         max(1, workers),
-        marks,
+        stamps,
     )
     if destination is not None:
-        refuse_if(check_kept(destination, marks), OutputRefused)
+        refuse_if(check_kept(destination, stamps), OutputRefused)
         refuse_if(check_space(destination, made.bytes_written), OutputRefused)
     return made
 
@@ -342,7 +342,7 @@ def plan(
 def _elsewhere(source: Source) -> list[str]:
     """Files of a source that symlinks bring in from elsewhere, as a hub's cache does; said aloud."""
     root = os.path.realpath(str(source.root.local))
-    real = {path: os.path.realpath(path) for path in source.marks}
+    real = {path: os.path.realpath(path) for path in source.stamps}
     out = [path for path, whence in real.items() if os.path.commonpath([root, whence]) != root]
     if not out:
         return []

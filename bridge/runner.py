@@ -19,7 +19,7 @@ from bridge import converters
 from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
 from bridge.formats import Format, Sink
 from bridge.formats.location import Location
-from bridge.formats.marks import changed
+from bridge.formats.stamps import changed
 from bridge.outputs import Output
 from bridge.pieces import Done, Tick
 from bridge.planner import Plan
@@ -80,10 +80,10 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
             }
         except Exception as error:
             # whatever was found wrong with files that changed: that they did is the cause
-            if problems := changed(plan.marks):
+            if problems := changed(plan.stamps):
                 raise SourceRefused(*problems) from error
             raise
-        refuse_if(changed(plan.marks), SourceRefused)
+        refuse_if(changed(plan.stamps), SourceRefused)
         if plan.output.state is converters.PEFT:
             from bridge.proof import prove_adapter
 

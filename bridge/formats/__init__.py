@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from bridge.formats.location import Location
-from bridge.formats.marks import Mark
+from bridge.formats.stamps import Stamp
 from bridge.specs import Spec
 
 Slab = tuple[tuple[int, ...], np.ndarray]
@@ -71,7 +71,7 @@ class Source(Protocol):
         ...
 
     @property
-    def marks(self) -> Mapping[str, Mark]:
+    def stamps(self) -> Mapping[str, Stamp]:
         """The local files that it reads, as they were when it was opened."""
         ...
 

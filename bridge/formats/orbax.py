@@ -18,9 +18,9 @@ import numpy as np
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import Format, Slab, Spent, stream
 from bridge.formats.location import Location, tensorstore_context
-from bridge.formats.marks import Mark, mark
 from bridge.formats.ocdbt import RECOPY, Extent, check_files, contained, index, whole_file
 from bridge.formats.orbax_writing import create
+from bridge.formats.stamps import Stamp, take
 from bridge.formats.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.specs import Spec
 
@@ -53,7 +53,7 @@ class OrbaxSource:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     format: str = "orbax"
-    marks: Mapping[str, Mark] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -174,7 +174,7 @@ def open_orbax(location: Location) -> OrbaxSource:
             metadata and store disagree.
     """
     params, root, notes = resolve(location)
-    marks = mark(params.local / file for file in params.files()) if params.local is not None else {}
+    stamps = take(params.local / file for file in params.files()) if params.local is not None else {}
     _refuse_pointers(params)
     tree, sparse = _tree(params)
     ocdbt = (params / "manifest.ocdbt").is_file()
@@ -188,7 +188,7 @@ def open_orbax(location: Location) -> OrbaxSource:
     arrays = _arrays(params, ocdbt, tree, sparse)
     if zeros := [name for name, stored in arrays.items() if stored.sparse]:
         notes += (f"{len(zeros)} arrays lack chunks that hold only zeros, as this Orbax saved them",)
-    return OrbaxSource(params, root, ocdbt, arrays, notes, marks=marks)
+    return OrbaxSource(params, root, ocdbt, arrays, notes, stamps=stamps)
 
 
 def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import Format
 from bridge.formats.location import Location
-from bridge.formats.marks import mark
+from bridge.formats.stamps import take
 from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.specs import Spec
 
@@ -48,7 +48,7 @@ def open_peft(location: Location) -> TorchSource:
     for name in (FILE, CONFIG):
         if name not in names:
             raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again, whole"))
-    marks = mark([location.local / CONFIG])
+    stamps = take([location.local / CONFIG])
     text = (location / CONFIG).read_bytes() or b""
     try:
         if len(text) > MAX_CONFIG:
@@ -62,7 +62,7 @@ def open_peft(location: Location) -> TorchSource:
         ) from error
     source = source_of(location, location, [location.local / FILE], None)
     metadata = {**source.metadata, CONFIG: config}
-    return replace(source, metadata=metadata, format="peft", marks={**source.marks, **marks})
+    return replace(source, metadata=metadata, format="peft", stamps={**source.stamps, **stamps})
 
 
 def create(

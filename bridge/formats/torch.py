@@ -20,8 +20,8 @@ import numpy as np
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
-from bridge.formats.marks import Mark, mark
 from bridge.formats.safetensors import Header, Placed, compose, read_header
+from bridge.formats.stamps import Stamp, take
 from bridge.formats.syscalls import WriteBehind, allocate, will_read
 from bridge.specs import Spec, cells, raw, run_shape
 
@@ -42,7 +42,7 @@ class TorchSource:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: str = "torch"
-    marks: Mapping[str, Mark] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -145,10 +145,10 @@ def open_torch(location: Location) -> TorchSource:
         return source_of(location, location, [path / FILE], None)
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(indexes) == 1:
-        marks = mark([path / indexes[0]])
+        stamps = take([path / indexes[0]])
         shards = _shards(path / indexes[0])
         source = source_of(location, location, sorted(set(shards.values())), shards)
-        return replace(source, marks={**source.marks, **marks})
+        return replace(source, stamps={**source.stamps, **stamps})
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1:
         return source_of(location, location, [path / files[0]], None)
@@ -184,7 +184,7 @@ def source_of(
     files: dict[str, tuple[Path, Placed]] = {}
     metadata: dict[str, Any] = {}
     problems = []
-    marks = mark([*paths, *([root.local / CONFIG] if root.local is not None else [])])
+    stamps = take([*paths, *([root.local / CONFIG] if root.local is not None else [])])
     for path in paths:
         header = read_header(path)
         metadata.update(header.metadata)
@@ -208,7 +208,7 @@ def source_of(
             raise SourceRefused(
                 Problem(f"{root / CONFIG} is not JSON: {error}", "repair it, or remove it")
             ) from error
-    return TorchSource(location, root, files, metadata, marks=marks)
+    return TorchSource(location, root, files, metadata, stamps=stamps)
 
 
 @dataclass(frozen=True)
