@@ -6,8 +6,10 @@ It holds no time and no path, so that the same conversion gives the same bytes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -35,8 +37,10 @@ def combined(sums: Mapping[str, str]) -> str:
     return xxhash.xxh3_128(lines.encode()).hexdigest()
 
 
-def record_text(plan: Plan, output: Output, done: Iterable[Done], sums: Mapping[str, str]) -> str:
-    """The record of one output of a finished conversion, as JSON."""
+def record_text(
+    plan: Plan, output: Output, place: Path, done: Iterable[Done], sums: Mapping[str, str]
+) -> str:
+    """The record of one output of a finished conversion, as JSON; ``place`` holds all else of it."""
     read = {key: checksum for each in done for key, checksum in each.read.items()}
     record: dict[str, Any] = {
         "model": plan.inputs.model.name,
@@ -70,10 +74,29 @@ def record_text(plan: Plan, output: Output, done: Iterable[Done], sums: Mapping[
             for name, spec in output.specs.items()
         },
         "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(output.files.items())},
+        "container": sorted(_files_in(place) - output.files.keys()),
+        "outputs": [other.where for other in plan.outputs if other.where and not output.where],
         "checksums": "xxh3-128 of the values in little-endian C order",
         "versions": _versions(),
     }
+    record["record"] = _self_sum(record)
     return json.dumps(record, indent=2) + "\n"
+
+
+def _self_sum(record: Mapping[str, Any]) -> str:
+    """Checksum of a record without its own entry."""
+    rest = {key: value for key, value in record.items() if key != "record"}
+    return xxhash.xxh3_128(json.dumps(rest, indent=2).encode()).hexdigest()
+
+
+def _files_in(place: Path) -> set[str]:
+    """Paths of all that is in an output and is no directory, but for its record and outputs of their own."""
+    found = set()
+    for root, directories, files in os.walk(place):
+        directories[:] = [name for name in directories if not Path(root, name, RECORD).is_file()]
+        links = [name for name in directories if Path(root, name).is_symlink()]
+        found |= {os.path.relpath(Path(root, name), place) for name in (*files, *links)}
+    return found - {RECORD}
 
 
 def read_record(root: Location) -> dict[str, Any]:
@@ -117,6 +140,29 @@ def check_record(source: Source) -> tuple[dict[str, bool], list[Problem]]:
             what = "is missing" if data is None else "is not what was written: its checksum differs"
             problems.append(Problem(f"{source.root / name} {what}", "restore it, or convert again"))
     return {str(source.root / RECORD): not problems}, problems
+
+
+def check_whole(root: Location) -> list[Problem]:
+    """Whether a directory holds what its record says, no file more and no file less."""
+    if root.local is None or not (root / RECORD).is_file():
+        return []
+    record = read_record(root)
+    if record.get("record") != _self_sum(record):
+        return [Problem(f"{root / RECORD} is not what was written", "restore it, or convert again")]
+    expected = {*record["files"], *record["container"]}
+    found = _files_in(root.local)
+    problems = [
+        Problem(f"{root / name} is missing", "restore it, or convert again")
+        for name in sorted(expected - found)
+    ]
+    problems += [
+        Problem(f"{root / name} is not of the output: {RECORD} does not list it", "move it elsewhere")
+        for name in sorted(found - expected)
+    ]
+    for where in record["outputs"]:
+        if not (root / where / RECORD).is_file():
+            problems.append(Problem(f"{root / where / RECORD} is missing", "restore it, or convert again"))
+    return problems
 
 
 def _versions() -> dict[str, str]:

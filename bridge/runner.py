@@ -114,7 +114,7 @@ def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Exe
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     sums = {name: checksum for each in done for name, checksum in each.written.items()}
-    (place / RECORD).write_text(record_text(plan, output, done, sums))
+    (place / RECORD).write_text(record_text(plan, output, place, done, sums))
     _reopen(format, place, output)
     return combined(sums)
 

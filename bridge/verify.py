@@ -18,13 +18,13 @@ import numpy as np
 
 from bridge.assets import read_assets
 from bridge.checkpoint import open_source
-from bridge.errors import Problem
+from bridge.errors import Problem, Refusal
 from bridge.formats.location import Location
 from bridge.lora import join
 from bridge.pieces import Factors
 from bridge.publish import RECORD
 from bridge.recognise import optional_weights
-from bridge.record import FIX, check_record, read_record
+from bridge.record import FIX, check_record, check_whole, read_record
 from bridge.runtimes import jax_forward, random_input, torch_forward
 from bridge.sides import Both, Held, Side, counter, open_side, same_model, walk
 from bridge.specs import BFLOAT16, FLOAT16, FLOAT32, raw
@@ -335,7 +335,20 @@ def _asset_checks(a: Side, b: Side) -> tuple[dict[str, bool], list[Problem]]:
 
 
 def _verify_record(path: str | Path) -> Verdict:
-    source = open_source(Location.parse(path))
+    """A directory, and the outputs in it, against the records of them."""
+    location = Location.parse(path)
+    whole = check_whole(location)
+    try:
+        source = open_source(location)
+    except Refusal as refused:
+        if not (location / RECORD).is_file():
+            raise
+        # that a file is missing, or is not what was written, is the cause
+        return _failed(location, whole or refused.problems)
+    if source.root != location:
+        whole = check_whole(source.root)
+    if whole:
+        return _failed(source.root, whole)
     files, problems = check_record(source)
     if not files:
         problems = [
@@ -344,5 +357,13 @@ def _verify_record(path: str | Path) -> Verdict:
                 "name what it was made from: verify SRC DST",
             )
         ]
-    model = str(read_record(source.root).get("model", "unknown"))
+    record = read_record(source.root)
+    for where in record.get("outputs", []) if not problems else []:
+        inner = _verify_record(Path(str(source.root), where))
+        files, problems = {**files, **inner.files}, [*problems, *inner.problems]
+    model = str(record.get("model", "unknown"))
     return Verdict(str(source.location), str(source.location), model, (), files, tuple(problems))
+
+
+def _failed(root: Location, problems: Iterable[Problem]) -> Verdict:
+    return Verdict(str(root), str(root), "unknown", (), {str(root / RECORD): False}, tuple(problems))
