@@ -47,7 +47,7 @@ def locked(path: Path, destination: Path) -> Iterator[bool]:
 
 def _acquire(path: Path, destination: Path) -> tuple[int, bool]:
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        fd, made = _open(path)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +60,8 @@ def _acquire(path: Path, destination: Path) -> tuple[int, bool]:
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
+                    if made:
+                        path.unlink()
                     raise
                 return fd, False
             if _lies_at(fd, path):
@@ -70,6 +72,14 @@ def _acquire(path: Path, destination: Path) -> tuple[int, bool]:
             raise
         # its last holder removed it between our opening and locking it
         os.close(fd)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Open the lock file, and whether it was made for that. Never through a symlink."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with contextlib.suppress(FileExistsError):
+        return os.open(path, flags | os.O_EXCL, 0o666), True
+    return os.open(path, flags, 0o666), False
 
 
 def _lies_at(fd: int, path: Path) -> bool:

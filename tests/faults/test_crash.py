@@ -1,0 +1,167 @@
+"""A conversion that dies, or whose disk fails, at any system call that writes.
+
+The destination is the old output whole, or the new one whole, every time; the source is
+untouched; and the next run succeeds and leaves nothing of the one before. By default a sample of
+the calls is taken; BRIDGE_EXHAUSTIVE=1 takes them all (most of an hour).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+from bridge.formats.location import Location
+from bridge.record import check_record, check_whole
+from tests import checkpoints
+from tests.faults.crash import (
+    BROKEN,
+    BROKEN_FOR_GOOD,
+    DONE,
+    KILL,
+    KILLED,
+    NO_SPACE,
+    REFUSED,
+    Server,
+    targets,
+)
+from tests.faults.table import snapshot
+
+EXHAUSTIVE = bool(os.environ.get("BRIDGE_EXHAUSTIVE"))
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "safetensors": {"src": "base", "to": "torch-merged"},
+    "adapter": {"src": "lora", "to": "peft-adapter", "lora_alpha": 4.0},
+    "orbax": {"src": "base", "to": "orbax"},
+}
+#: what can run out of space
+SPENDS = {"openat", "write", "writev", "pwrite64", "fallocate", "ftruncate", "fsync", "fdatasync",
+          "mkdir", "rename", "renameat2", "link"}  # fmt: skip
+#: what only tidies up: the output is in its place by then, or is not to be
+TIDIES = {"unlink", "unlinkat", "rmdir"}
+#: what may fail without harm: advice, the line that says who holds the lock, making what is there already
+FORGIVEN = re.compile(r"sync_file_range|flock|mkdir|pwrite64\(\d+, \"\d+ ")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Sources, an older output of each kind, and what a conversion gives."""
+
+    root: Path
+    server: Server
+
+    def request(self, output: str, dst: Path, *, overwrite: bool, old: bool = False) -> dict[str, Any]:
+        options = OUTPUTS[output]
+        dtype = "bfloat16" if old else "keep"
+        return {**options, "src": str(self.root / options["src"]), "dst": str(dst), "dtype": dtype,
+                "overwrite": overwrite}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed: apt-get install strace")
+    if subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode:
+        pytest.skip("strace may not trace here")
+    # in memory, where syncing costs nothing: what counts are the calls
+    shared = Path("/dev/shm")
+    root = Path(mkdtemp(dir=shared)) if os.access(shared, os.W_OK) else tmp_path_factory.mktemp("crash")
+    small = {"layers": 2, "image_layers": 1}
+    checkpoints.save(checkpoints.pi0_tree(lora={}, **small), root / "base", quick=True)
+    checkpoints.save(checkpoints.pi0_tree(**small), root / "lora", quick=True)
+    server = Server(root)
+    place = Place(root, server)
+    for output in OUTPUTS:
+        for name, old in (("old", True), ("new", False)):
+            request = place.request(output, root / output / name, overwrite=False, old=old)
+            assert server.convert(request) == DONE
+    yield place
+    server.close()
+    shutil.rmtree(root)
+
+
+def chosen(found: list[tuple[str, int]], fault: str) -> list[tuple[str, int]]:
+    """The calls to fail: all of them, or of each kind a few spread over the run, first and last among them."""
+    able = [(call, number) for call, number in found if fault != NO_SPACE or call in SPENDS]
+    if EXHAUSTIVE:
+        return able
+    picked = []
+    for call in {call: None for call, _ in able}:
+        numbers = [number for of, number in able if of == call]
+        few = 4 if fault == KILL else 2
+        picked += [(call, numbers[round(i * (len(numbers) - 1) / (few - 1))]) for i in range(few)]
+    return list(dict.fromkeys(picked))
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_old_whole_or_new_whole(place: Place, output: str, overwrite: bool, record_property: Any) -> None:
+    dst = place.root / "made" / "out"
+    request = place.request(output, dst, overwrite=overwrite)
+    old = snapshot(place.root / output / "old") if overwrite else None
+    new = snapshot(place.root / output / "new")
+    sources = {name: snapshot(place.root / name) for name in ("base", "lora")}
+
+    def begin() -> None:
+        shutil.rmtree(dst.parent, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(place.root / output / "old", dst)
+
+    begin()
+    found = targets(place.server.calls(request))
+    assert {"write", "fsync", "mkdir", "renameat2", "openat"} <= {call for call, _ in found}
+    outcomes: Counter[str] = Counter()
+    for fault in (KILL, NO_SPACE, BROKEN, BROKEN_FOR_GOOD):
+        for call, number in chosen(found, fault):
+            begin()
+            case = f"{fault} at {call} number {number}"
+            status = place.server.inject(request, call, number, fault)
+            assert status in ((DONE, KILLED) if fault == KILL else (DONE, REFUSED)), (
+                f"{case}: {status}\n{place.server.errors.read_text()}"
+            )
+            outcome = hold(dst, old, new, status, case)
+            assert {name: snapshot(place.root / name) for name in sources} == sources, case
+            if status == DONE and fault != KILL and call not in TIDIES:
+                lines = place.server.log.read_text().splitlines()
+                failed = [line for line in lines if "INJECTED" in line]
+                assert all(FORGIVEN.search(line) for line in failed), f"{case}: {failed}"
+            if status == REFUSED and fault != BROKEN_FOR_GOOD:
+                assert outcome == "old" and leftovers(dst) == [], case
+            again = {**request, "overwrite": overwrite or dst.exists()}
+            assert place.server.convert(again) == DONE, case
+            assert snapshot(dst) == new and leftovers(dst) == [], case
+            outcomes[f"{fault}: {outcome}"] += 1
+    record_property("outcomes", dict(outcomes))
+    print(f"{output}, {'overwrite' if overwrite else 'new'}: {dict(outcomes)}")
+    assert outcomes[f"{KILL}: old"] and outcomes[f"{KILL}: new"]
+
+
+def hold(dst: Path, old: Any, new: Any, status: int, case: str) -> str:
+    """Which of the two outputs lies there, whole; fails for anything else."""
+    state = snapshot(dst) if dst.exists() else None
+    if state == new:
+        from bridge.checkpoint import open_source
+
+        location = Location.parse(dst)
+        assert check_whole(location) == [], case
+        files, problems = check_record(open_source(location))
+        assert files and not problems, case
+        return "new"
+    assert state == old, f"{case}: neither old nor new"
+    assert status != DONE, f"{case}: done, and not written"
+    return "old"
+
+
+def leftovers(dst: Path) -> list[str]:
+    """What lies beside the output, and whether its directory was left over."""
+    if not dst.exists():
+        return [str(dst.parent)] if dst.parent.exists() else []
+    return [path.name for path in dst.parent.iterdir() if path != dst]
