@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from bridge.errors import Problem
 from bridge.publish import RECORD, replaceable
+from bridge.text import size
 
 
 def check_apart(destination: Path, source: Path | None) -> list[Problem]:
@@ -104,7 +106,8 @@ def _too_long(destination: Path, existing: Path) -> Problem | None:
     # the longest file of an output lies some way below it
     if len(os.fsencode(destination)) > 3800:
         return Problem(
-            f"{destination}: the path has {len(os.fsencode(destination))} bytes", "name a shorter one"
+            f"the output's path has {len(os.fsencode(destination))} bytes, more than systems allow for its files",
+            "name a shorter one",
         )
     return None
 
@@ -132,6 +135,33 @@ def _read_only(path: Path) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
+def check_twins(destination: Path, names: Iterable[str]) -> list[Problem]:
+    """Files that would be one, where the file system takes no notice of case or of Unicode's forms."""
+    if not _folds(destination):
+        return []
+    first: dict[str, str] = {}
+    problems = []
+    for name in names:
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            problems.append(
+                Problem(
+                    f"{destination}: {other} and {name} would be one file there",
+                    "rename one in the source, or name an output on a file system that knows case",
+                )
+            )
+    return problems
+
+
+def _folds(destination: Path) -> bool:
+    """Whether the directory that will hold it goes by several names that differ by case."""
+    path = destination.parent
+    while not path.exists():
+        path = path.parent
+    named = next((p for p in (path, *path.parents) if p.name.swapcase() != p.name), None)
+    return named is not None and _same(named, [named.with_name(named.name.swapcase())])
+
+
 def check_space(destination: Path, needed: int) -> list[Problem]:
     """Whether the file system of ``destination`` has room for the output, the old one staying."""
     existing = destination.parent
@@ -142,7 +172,7 @@ def check_space(destination: Path, needed: int) -> list[Problem]:
         return []
     return [
         Problem(
-            f"{destination} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there",
+            f"{destination} needs {size(needed)}, and {size(free)} are free there",
             "free some space, name an output elsewhere, or add --dtype bfloat16",
         )
     ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bridge import converters
 from bridge.assets import Assets, read_assets
 from bridge.checkpoint import Checkpoint, open_source, understand
-from bridge.destination import check_apart, check_destination, check_kept, check_space
+from bridge.destination import check_apart, check_destination, check_kept, check_space, check_twins
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats import Source
 from bridge.formats.location import Location
@@ -334,7 +334,10 @@ def plan(
         stamps,
     )
     if destination is not None:
-        refuse_if(check_kept(destination, stamps), OutputRefused)
+        problems = check_kept(destination, stamps)
+        for output in outputs:
+            problems += check_twins(destination / output.where, (*output.specs, *output.files))
+        refuse_if(problems, OutputRefused)
         refuse_if(check_space(destination, made.bytes_written), OutputRefused)
     return made
 

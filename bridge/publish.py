@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,10 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
             with contextlib.suppress(OSError):
                 directory.rmdir()
         if isinstance(error, OSError) and error.errno is not None:
-            raise OutputRefused(system_problem(error, destination)) from error
+            refused = OutputRefused(system_problem(error, destination))
+            for note in getattr(error, "__notes__", ()):
+                refused.add_note(note)
+            raise refused from error
         raise
 
 
@@ -129,8 +131,21 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
 
 def _remove(path: Path) -> str:
     """Remove a directory; says so where it cannot be done."""
-    shutil.rmtree(path, ignore_errors=True)
+    _remove_all(path)
     return f"{path} could not be removed, and can be" if os.path.lexists(path) else ""
+
+
+def _remove_all(path: Path) -> None:
+    """As ``shutil.rmtree``, with one descriptor at a time: they may have run out."""
+    for name in lists(path):
+        inner = path / name
+        if inner.is_dir() and not inner.is_symlink():
+            _remove_all(inner)
+        else:
+            with contextlib.suppress(OSError):
+                inner.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _make_parents(directory: Path, made: list[Path]) -> None:
@@ -148,21 +163,21 @@ def _make_parents(directory: Path, made: list[Path]) -> None:
 
 def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
     """Rename, and bring that to disk; undone where the disk fails."""
+    replaces = os.path.lexists(destination)
+    if replaces and not (overwrite and replaceable(destination)):
+        raise _came_to_exist(destination)
     try:
-        if not os.path.lexists(destination):
-            rename = place
-        elif overwrite and replaceable(destination):
-            rename = exchange
-        else:
-            raise FileExistsError
-        rename(private, destination)
+        (exchange if replaces else place)(private, destination)
     except FileExistsError as error:
         raise _came_to_exist(destination) from error
     try:
         sync_directory(destination.parent)
     except OSError:
         # the old output has not been deleted yet
-        rename(destination, private)
+        if replaces:
+            exchange(private, destination)
+        else:
+            place(destination, private)
         raise
 
 

@@ -86,6 +86,8 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         else:
             _report(_problems(error), as_json="--json" in arguments)
+            for note in getattr(error, "__notes__", ()):
+                click.echo(f"  {click.style('note:', bold=True)} {printable(note)}", err=True)
         return 1
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import renaming
-from bridge.destination import check_destination, check_space
+from bridge import lock, publish, renaming
 from bridge.errors import OutputRefused
-from bridge.publish import RECORD, publishing
+from bridge.lock import locked
+from bridge.publish import RECORD, _prefix, publishing, sweep
 from tests import checkpoints
 
 
@@ -253,17 +253,248 @@ def test_ways_to_name_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "link", "there"]
 
 
-def test_check_destination_counts_every_fault(tmp_path: Path) -> None:
-    source = tmp_path / "run" / "7"
-    source.mkdir(parents=True)
-    assert check_destination(tmp_path / "out", source, overwrite=False) == []
-    assert check_destination(tmp_path / "run" / "8", source, overwrite=False) == []
-    assert check_destination(tmp_path / "run" / "7_torch", source, overwrite=False) == []
-    assert check_destination(tmp_path / "out", None, overwrite=False) == []
-    assert len(check_destination(source, source, overwrite=False)) == 2
+# What is left over.
+
+DEAD = (1 << 22) + 7  # beyond the highest process number that Linux gives
 
 
-def test_check_space(tmp_path: Path) -> None:
-    assert check_space(tmp_path / "not" / "yet" / "out", 1) == []
-    (problem,) = check_space(tmp_path / "not" / "yet" / "out", 1 << 60)
-    assert "needs 1152921504.61 GB" in problem.cause and problem.fix
+def leftover(out: Path, pid: int, tail: str = "") -> Path:
+    path = out.with_name(f"{_prefix(out)}{pid}-0123abcd{tail}")
+    path.mkdir()
+    fill(path, "half")
+    return path
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_said(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    paths = [leftover(out, DEAD), leftover(out, os.getpid())]
+    out.with_name(_prefix(out) + "lock").write_text(f"{DEAD} elsewhere\n")
+    notes: list[str] = []
+    with publishing(out, overwrite=False, notes=notes) as directory:
+        fill(directory, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(notes) == [
+        f"removed {path}, left over from a run that was killed (pid {pid})"
+        for path, pid in sorted(zip(paths, (DEAD, os.getpid()), strict=True))
+    ]
+
+
+def test_leftovers_are_said_by_the_command_and_the_result(tmp_path: Path) -> None:
+    step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
+    path = leftover(tmp_path / "out", DEAD)
+    result = bridge.convert(step, tmp_path / "out", to="torch-merged")
+    assert len(result.notes) == 1 and f"removed {path}" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["other", "out2", "lock", "7-0123abc", "x-0123abcd", "7-0123ABCD", "7-0123abcd.d"]
+)
+def test_what_is_not_its_own_is_not_swept(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    if name in ("other", "out2"):
+        paths = [leftover(tmp_path / name, DEAD)]
+    elif name == "lock":
+        paths = [
+            out.with_name(f"{_prefix(out)}{DEAD}-0123abcd"),
+            out.with_name(f"{_prefix(out)}{DEAD}-0123abce"),
+        ]
+        paths[0].write_text("a file")
+        paths[1].symlink_to(tmp_path)
+    else:
+        paths = [out.with_name(_prefix(out) + name)]
+        paths[0].mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert sweep(out) == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_live_run_is_not_swept(tmp_path: Path) -> None:
+    """The lock may be missing where a file system has none; the process number tells."""
+    out = tmp_path / "out"
+    path = leftover(out, os.getppid())
+    notes: list[str] = []
+    with publishing(out, overwrite=False, notes=notes) as directory:
+        fill(directory, "new")
+    assert path.is_dir() and len(notes) == 1 and f"process {os.getppid()} is alive" in notes[0]
+
+
+def test_an_output_set_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames that stand for an exchange where there is none."""
+    out = tmp_path / "out"
+    old = leftover(out, DEAD, "-old")
+    leftover(out, DEAD)
+    with (
+        pytest.raises(OutputRefused, match="came to exist"),
+        publishing(out, overwrite=False),
+    ):
+        pass
+    assert (out / RECORD).read_text() == "half" and not old.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_the_fallback_of_an_exchange_puts_back_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    out = tmp_path / "out"
+    old = output(out)
+    monkeypatch.setattr(renaming, "_renameat2", lambda *arguments: False)
+    real, calls = Path.rename, iter(range(1, 100))
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OutputRefused), publishing(out, overwrite=True) as directory:
+        fill(directory, "new")
+    monkeypatch.undo()
+    if failing < 3:
+        assert listing(out) == old
+    else:  # the new one is in its place, and whole; the next run sweeps the old one
+        assert (out / RECORD).read_text() == "new"
+        assert len(sweep(out)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# The lock.
+
+
+def test_a_lock_that_its_holder_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before the holder removed it, locked after: a third would make a new file and lock that."""
+    path, real = tmp_path / "lock", lock.fcntl.flock
+    calls = iter(range(10))
+
+    def flock(fd: int, operation: int) -> None:
+        if next(calls) == 0:
+            path.unlink()
+        real(fd, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with locked(path, tmp_path / "out") as held:
+        assert held and path.is_file()
+        with (
+            pytest.raises(OutputRefused, match=rf"another bridge \(pid {os.getpid()}\)"),
+            locked(path, tmp_path / "out"),
+        ):
+            pass
+    assert not path.exists()
+
+
+def test_a_holder_on_another_machine(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock", tmp_path / "out"):
+        (tmp_path / "lock").write_text("77 faraway\nthe tail of a longer line\n")
+        with (
+            pytest.raises(OutputRefused, match=r"\(pid 77 on faraway\)"),
+            locked(tmp_path / "lock", tmp_path / "out"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    path = leftover(tmp_path / "out", DEAD)
+    output(tmp_path / "out")
+    # without the lock no run can be told from one that was killed
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["out", path.name])
+
+
+def test_a_lock_file_is_not_made_through_a_symlink(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.with_name(_prefix(out) + "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputRefused, match="symbolic links"):
+        output(out)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# After the rename.
+
+
+def test_an_old_output_that_cannot_be_removed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, notes = tmp_path / "out", []
+    output(out)
+    monkeypatch.setattr(publish, "_remove_all", lambda path: None)
+    with publishing(out, overwrite=True, notes=notes) as directory:
+        fill(directory, "new")
+    monkeypatch.undo()
+    assert (out / RECORD).read_text() == "new"
+    assert len(notes) == 1 and "could not be removed" in notes[0]
+    assert len(sweep(out)) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_rename_that_does_not_reach_the_disk_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    old = output(out) if overwrite else None
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), os.stat(tmp_path)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(OutputRefused, match="Input/output error"),
+        publishing(out, overwrite=overwrite) as directory,
+    ):
+        fill(directory, "new")
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    assert old is None or listing(out) == old
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    output(tmp_path / "out")
+
+
+def test_an_interrupt_after_the_rename_says_that_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", renaming._renameat2
+    output(out)
+
+    def rename(old: Path, new: Path, flags: int) -> bool:
+        real(old, new, flags)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(renaming, "_renameat2", rename)
+    with pytest.raises(KeyboardInterrupt) as interrupted, publishing(out, overwrite=True) as directory:
+        fill(directory, "new")
+    assert interrupted.value.__notes__ == [f"{out} is written, and whole"]
+    assert (out / RECORD).read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_read_back_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bridge import runner
+
+    step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
+    plan, real = bridge.plan(step, tmp_path / "out", to="torch-merged"), runner.record_text
+
+    def cut(plan: Any, output: Any, place: Path, *rest: Any) -> str:
+        os.truncate(place / "model.safetensors", 5000)
+        return real(plan, output, place, *rest)
+
+    monkeypatch.setattr(runner, "record_text", cut)
+    with pytest.raises(OutputRefused, match=r"model\.safetensors is not a whole safetensors file"):
+        plan.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["7"]

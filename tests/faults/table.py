@@ -175,7 +175,7 @@ class Expect:
     """What the user sees."""
 
     says: str
-    """Regular expression found in what goes to stderr, or to stdout where it is done (code 0)."""
+    """Regular expression, of lines, found in what goes to stderr, or to stdout where it is done (code 0)."""
     code: int = 1
     also: Callable[[Scene, Ran], object] = lambda scene, ran: None
     """Asserts what is particular to the row."""
@@ -220,7 +220,7 @@ def check(fault: Fault, scene: Scene) -> None:
     expect = fault.expect
     assert ran.code == expect.code, f"exit {ran.code}\n{ran.out}\n{ran.err}"
     said = ran.out if expect.code == 0 else ran.err
-    assert re.search(expect.says, said), said
+    assert re.search(expect.says, said, re.MULTILINE), said
     assert "Traceback" not in ran.err and " object at 0x" not in ran.err, ran.err
     assert "fault of bridge's own" not in ran.err, ran.err
     if expect.code == 0:

@@ -26,6 +26,7 @@ from tests import checkpoints
 from tests.faults.crash import (
     BROKEN,
     BROKEN_FOR_GOOD,
+    CALLS,
     DONE,
     KILL,
     KILLED,
@@ -142,6 +143,46 @@ def test_old_whole_or_new_whole(place: Place, output: str, overwrite: bool, reco
     record_property("outcomes", dict(outcomes))
     print(f"{output}, {'overwrite' if overwrite else 'new'}: {dict(outcomes)}")
     assert outcomes[f"{KILL}: old"] and outcomes[f"{KILL}: new"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_all_is_on_disk_before_it_is_relied_on(place: Place, output: str, overwrite: bool) -> None:
+    """What a loss of power could lose: every file and directory is synced after its last change and before
+    the rename, the directory above after it, and only then is anything of the old output removed."""
+    dst = place.root / "made" / "out"
+    shutil.rmtree(dst.parent, ignore_errors=True)
+    if overwrite:
+        shutil.copytree(place.root / output / "old", dst)
+    request = place.request(output, dst, overwrite=overwrite)
+    calls = ",".join(f"?{call}" for call in CALLS)
+    assert place.server.convert(request, "-y", "-e", f"trace={calls}") == DONE
+    dirty: set[Path] = set()
+    renamed, removed, inside = False, 0, f"{dst.parent}/.out.bridge-"
+    for line in place.server.log.read_text().splitlines():
+        call, arguments = re.fullmatch(r"\d+ +(?:(\w+)\((.*)|.*)", line).groups()  # type: ignore[union-attr]
+        if call is None or "ENOENT" in line or "EEXIST" in line or "EISDIR" in line:
+            continue
+        opened = re.match(r"\d+<([^>]+)>", arguments)
+        names = [Path(name) for name in re.findall(r'"([^"]+)"', arguments)]
+        if call in ("fsync", "fdatasync"):
+            assert opened and " = 0" in line
+            dirty.discard(Path(opened[1]))
+        elif (call == "openat" and "O_CREAT" in arguments) or call in ("mkdir", "mkdirat"):
+            dirty |= {names[0], names[0].parent}
+        elif call in ("write", "pwrite64", "pwritev", "writev", "ftruncate", "fallocate"):
+            assert opened
+            dirty.add(Path(opened[1]))
+        elif call in ("rename", "renameat2") and names[1] == dst:
+            assert [path for path in dirty if str(path).startswith(inside) and path.name[-4:] != "lock"] == []
+            assert not any(path == dst.parent.parent for path in dirty), "the entry of a new directory"
+            dirty.add(dst.parent)
+            renamed = True
+        elif call in TIDIES and not str(names[-1]).endswith("lock"):
+            assert renamed and dst.parent not in dirty, line
+            removed += 1
+    assert renamed and dst.parent not in dirty
+    assert bool(removed) == overwrite
 
 
 def hold(dst: Path, old: Any, new: Any, status: int, case: str) -> str:
