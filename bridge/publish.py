@@ -110,6 +110,8 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
     """A directory beside the destination; what is under its name in the end is removed."""
     private = destination.with_name(f"{_prefix(destination)}{os.getpid()}-{secrets.token_hex(4)}")
     made: os.stat_result | None = None
+    # for removing it, should descriptors have run out by then
+    spare = os.open(os.devnull, os.O_RDONLY)
     try:
         private.mkdir()
         made = os.lstat(private)
@@ -125,6 +127,7 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
                 sync_directory(destination.parent)
         raise
     finally:
+        os.close(spare)
         if said := _remove(private):
             notes.append(said)
 

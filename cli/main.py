@@ -22,6 +22,9 @@ from .routes import routes
 from .signals import Stopped, catch_signals
 from .verify import verify
 
+#: what comes of too little memory, but for MemoryError
+_NO_MEMORY = ("can't start new thread", "failed to map segment", "cannot allocate memory")
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="openpi-bridge", prog_name="bridge", message="%(prog)s %(version)s")
@@ -96,8 +99,10 @@ def _problems(error: Exception) -> tuple[Problem, ...]:
         return error.problems
     if isinstance(error, OSError):
         return (system_problem(error),)
-    if isinstance(error, MemoryError):
-        return (Problem("out of memory", "use --workers 1, or a machine with more of it"),)
+    if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
+        said = str(error).splitlines()[0] if str(error) else "no more can be had"
+        fix = "raise the limit on memory (ulimit -v), use --workers 1, or a machine with more"
+        return (Problem(f"out of memory: {said}", fix),)
     return (
         Problem(
             f"{type(error).__name__}: {error} (a fault of bridge's own, nothing was written)",

@@ -468,6 +468,14 @@ def slow(scene: Scene) -> None:
     strace(scene, "read", "delay_enter=20000", scene.data_file())
 
 
+def out_of_memory(scene: Scene) -> None:
+    raise MemoryError
+
+
+def no_thread(scene: Scene) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 EXISTS, OURS = r"error: .*made/out exists$", r"error: .*made/out exists and "
 
 FAULTS = [
@@ -571,7 +579,9 @@ FAULTS = [
     Fault(46, "file size, the record", limit(resource.RLIMIT_FSIZE, 4096), Expect(r"made/.*File too large")),
     Fault(46, "32 descriptors", limit(resource.RLIMIT_NOFILE, 32), Expect(r"wrote", 0)),
     Fault(46, "5 descriptors", limit(resource.RLIMIT_NOFILE, 5), Expect(r"Too many open files")),
-    Fault(46, "memory", both(large, limit(resource.RLIMIT_AS, 400 << 20)), Expect(r"memory")),
+    Fault(46, "memory", limit(resource.RLIMIT_AS, 200 << 20), Expect(r"out of memory: .*\n.*ulimit -v")),
+    Fault(46, "memory, while it runs", while_running(out_of_memory, before=True), Expect(r"out of memory: no more")),
+    Fault(46, "threads", while_running(no_thread, before=True), Expect(r"out of memory: can't start new thread")),
     Fault(47, "short writes", short_writes, Expect(r"wrote", 0)),
     Fault(47, "interrupted", fails("pwrite64", "error=EINTR:when=3"), Expect(r"wrote", 0)),
     Fault(48, "umask 077", lambda s: setattr(s, "limits", lambda: os.umask(0o077)),
