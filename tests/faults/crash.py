@@ -122,6 +122,8 @@ def _serve() -> None:
     # PEFT's loading takes seconds and writes nothing
     bridge.proof.prove_adapter = lambda *arguments, **keywords: {}  # type: ignore[assignment]
     adapters(), formats()
+    for name in dir(bridge):
+        getattr(bridge, name)  # each is imported when it is first asked for
     for line in sys.stdin:
         wait, go = os.pipe()
         pid = os.fork()
