@@ -13,9 +13,10 @@ import numpy as np
 
 from bridge import converters
 from bridge.checkpoint import open_source, understand
-from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
+from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefused, refuse_if
 from bridge.formats import Source
 from bridge.formats.location import Location
+from bridge.formats.stamps import changed
 from bridge.planner import Plan, plan
 from bridge.runner import Progress, Result, run, run_steps
 from bridge.specs import BFLOAT16, Spec, box
@@ -134,6 +135,7 @@ def _in_memory(planned: Plan) -> dict[str, np.ndarray]:
     """Carry out a plan without a destination."""
     memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
     run_steps(planned, planned.output, memory, lambda count: None)
+    refuse_if(changed(planned.stamps), SourceRefused)
     return memory.arrays
 
 

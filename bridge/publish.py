@@ -33,7 +33,8 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
     """Yield a private directory beside ``destination``; rename it there when the block ends well.
 
     On any exception the private directory is removed and nothing else has changed, unless the
-    exception came when the output was in its place: then a note of the exception says so.
+    exception came when the output was in its place: then a note of the exception says so. A note
+    of an interrupt says which it is.
 
     Args:
         destination: an absolute path.
@@ -46,6 +47,7 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
     """
     notes = [] if notes is None else notes
     made: list[Path] = []
+    written = False
     try:
         _make_parents(destination.parent, made)
         with locked(destination.with_name(f"{_prefix(destination)}lock"), destination) as alone:
@@ -57,10 +59,15 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
                 yield private
                 sync_tree(private)
                 _put(private, destination, overwrite=overwrite)
+            written = True
     except BaseException as error:
         for directory in reversed(made):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+        if written:
+            error.add_note(_is_written(destination))
+        elif not isinstance(error, Exception) and not hasattr(error, "__notes__"):
+            error.add_note("nothing was written")
         if isinstance(error, OSError) and error.errno is not None:
             refused = OutputRefused(system_problem(error, destination))
             for note in getattr(error, "__notes__", ()):
@@ -122,7 +129,7 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
             and os.path.lexists(destination)
             and os.path.samestat(made, os.lstat(destination))
         ):
-            error.add_note(f"{destination} is written, and whole")
+            error.add_note(_is_written(destination))
             with contextlib.suppress(OSError):
                 sync_directory(destination.parent)
         raise
@@ -182,6 +189,10 @@ def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
         else:
             place(destination, private)
         raise
+
+
+def _is_written(destination: Path) -> str:
+    return f"{destination} is written, and whole"
 
 
 def _came_to_exist(destination: Path) -> OutputRefused:

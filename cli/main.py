@@ -19,7 +19,7 @@ from .demo import demo
 from .diff import diff
 from .inspect import inspect
 from .routes import routes
-from .signals import Stopped, catch_signals
+from .signals import Stopped, catch_signals, leave_on_signals
 from .verify import verify
 
 #: what comes of too little memory, but for MemoryError
@@ -74,11 +74,11 @@ def run(arguments: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was written", err=True)
+        click.echo("interrupted", err=True)
         return 130
     except Stopped as stopped:
-        said = "; ".join(getattr(stopped, "__notes__", ())) or "nothing was written"
-        click.echo(f"{stopped.word}: {printable(said)}", err=True)
+        said = ": ".join((stopped.word, *getattr(stopped, "__notes__", ())))
+        click.echo(printable(said), err=True)
         return stopped.status
     except BrokenPipeError:
         # the reader of our output went away (`bridge inspect … | head`): not a failure to report
@@ -92,6 +92,8 @@ def run(arguments: list[str]) -> int:
             for note in getattr(error, "__notes__", ()):
                 click.echo(f"  {click.style('note:', bold=True)} {printable(note)}", err=True)
         return 1
+    finally:
+        leave_on_signals()
 
 
 def _problems(error: Exception) -> tuple[Problem, ...]:

@@ -30,10 +30,15 @@ def catch_signals() -> None:
             signal.signal(number, _stop)
 
 
+def leave_on_signals() -> None:
+    """From now on, signals end the process at once."""
+    for number in _WORDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    for each in _WORDS:
-        if signal.getsignal(each) is not signal.SIG_IGN:
-            signal.signal(each, _leave)
+    leave_on_signals()
     raise Stopped(number)
 
 

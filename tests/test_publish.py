@@ -202,6 +202,22 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_no_call_writes_more_than_a_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux stops at 2 GiB, and macOS refuses more: a tensor goes out in several calls."""
+    from bridge.formats import torch
+
+    assert torch.CALL_BYTES < 1 << 31
+    step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
+    bridge.convert(step, tmp_path / "whole", to="torch-merged")
+    monkeypatch.setattr(torch, "CALL_BYTES", 1000)
+    real, most = os.pwrite, []
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: most.append(len(data)) or real(fd, data, at))
+    bridge.convert(step, tmp_path / "parts", to="torch-merged")
+    assert max(most) == 1000
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, renaming._renameat2

@@ -183,6 +183,24 @@ def test_an_executor_that_takes_no_work_leaves_nothing(step: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_that_changes_while_it_is_loaded(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bridge import api
+
+    planned(step, tmp_path / "torch").run()
+    file, inner = tmp_path / "torch" / "model.safetensors", api.run_steps
+
+    def run_steps(*arguments: Any) -> Any:
+        done = inner(*arguments)
+        os.utime(file, ns=(0, 0))
+        return done
+
+    monkeypatch.setattr(api, "run_steps", run_steps)
+    with pytest.raises(SourceRefused, match=r"model\.safetensors changed while it was read"):
+        bridge.load_jax(tmp_path / "torch")
+
+
 def test_an_output_that_came_to_exist_while_running(step: Path, tmp_path: Path) -> None:
     one, two = planned(step, tmp_path / "out"), planned(step, tmp_path / "out", dtype="bfloat16")
     one.run()

@@ -7,6 +7,7 @@ the calls is taken; BRIDGE_EXHAUSTIVE=1 takes them all (half an hour).
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import shutil
@@ -105,6 +106,8 @@ def chosen(found: list[tuple[str, int]], fault: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_old_whole_or_new_whole(place: Place, output: str, overwrite: bool, record_property: Any) -> None:
+    if EXHAUSTIVE:
+        faulthandler.cancel_dump_traceback_later()  # it is slow, and does not hang
     dst = place.root / "made" / "out"
     request = place.request(output, dst, overwrite=overwrite)
     old = snapshot(place.root / output / "old") if overwrite else None

@@ -43,6 +43,12 @@ def remove(path):
 publish._remove = remove
 """
 )
+#: a signal when all is done, and not yet said
+AFTER = """
+def peak_memory():
+    os.kill(os.getpid(), signal.SIGTERM)
+runner.peak_memory = peak_memory
+"""
 #: a thread of a library that nothing can stop
 THREAD = """
 def run_steps(*arguments, **keywords):
@@ -110,6 +116,13 @@ def test_the_second_leaves_at_once(
     result = bridge.convert(step, out, to="torch-merged")
     assert f"left over from a run that was killed (pid {started.pid})" in result.notes[0]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("started", [AFTER], indirect=True, ids=["after"])
+def test_what_is_written_is_not_denied(started: Started, tmp_path: Path) -> None:
+    said = end(started)
+    assert started.returncode == STATUS[signal.SIGTERM] and said == "terminated\n"
+    assert (tmp_path / "made" / "out" / "bridge.json").is_file()
 
 
 @pytest.mark.parametrize("started", [THREAD], indirect=True, ids=["thread"])
