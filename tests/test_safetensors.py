@@ -478,6 +478,7 @@ def test_a_config_that_is_not_json(tmp_path: Path, text: str) -> None:
 def test_what_is_written_behind_is_bounded_and_a_fault_of_the_disk_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(syscalls, "PART_BYTES", 50)
     behind = syscalls.WriteBehind(limit=100)
     waited: list[int] = []
 
@@ -503,3 +504,21 @@ def test_what_is_written_behind_is_bounded_and_a_fault_of_the_disk_is_told(
         assert waited == [0, 50, 100, 150]
     del behind, copy
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_write_behind_holds_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of many small tensors must not take one for each."""
+    from bridge.formats import syscalls
+
+    behind = syscalls.WriteBehind()
+    with (tmp_path / "file").open("wb") as file:
+        before = len(os.listdir("/proc/self/fd"))
+        for start in range(0, 100_000, 100):
+            behind.wrote(file.fileno(), start, 100)
+        assert len(os.listdir("/proc/self/fd")) == before
+        monkeypatch.setattr(syscalls, "PART_BYTES", 100)
+        for start in range(0, 100_000, 100):
+            behind.wrote(file.fileno(), start, 100)
+        assert len(os.listdir("/proc/self/fd")) <= before + syscalls.PARTS
+        behind.finish()
+        assert len(os.listdir("/proc/self/fd")) == before

@@ -18,6 +18,10 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LONG = ctypes.c_longlong
 
+#: parts under way, each of which holds a descriptor; and what is too small to be one
+PARTS = 12
+PART_BYTES = 1 << 20
+
 
 @cache
 def _libc(name: str, *arguments: Any) -> Any:
@@ -71,25 +75,27 @@ class WriteBehind:
         self._lock = threading.Lock()
 
     def wrote(self, fd: int, offset: int, length: int) -> None:
-        """Note that a part of a file was written.
+        """Note that a part of a file was written. Small ones wait for the sync at the end.
 
         Raises:
             OSError: the disk could not take this part or an earlier one.
         """
+        if length < PART_BYTES:
+            return
         _write_back(fd, offset, length, _WRITE)
         with self._lock:
             self._begun.append((os.dup(fd), offset, length))
             self._bytes += length
-        self._settle(self._limit)
+        self._settle(self._limit, PARTS)
 
     def finish(self) -> None:
         """Wait until all of it is on disk. Raises OSError as :meth:`wrote`."""
-        self._settle(0)
+        self._settle(0, 0)
 
-    def _settle(self, limit: int) -> None:
+    def _settle(self, limit: int, parts: int) -> None:
         while True:
             with self._lock:
-                if self._bytes <= limit:
+                if self._bytes <= limit and len(self._begun) <= parts:
                     return
                 fd, offset, length = self._begun.popleft()
                 self._bytes -= length

@@ -115,12 +115,15 @@ def _serve() -> None:
     import tensorstore  # noqa: F401  imported before the fork, used after it
     import zstandard  # noqa: F401
 
+    import bridge.formats.syscalls
     import bridge.proof
     import bridge.runner
     from bridge.plugins import adapters, formats
 
     # PEFT's loading takes seconds and writes nothing
     bridge.proof.prove_adapter = lambda *arguments, **keywords: {}  # type: ignore[assignment]
+    # write-behind is for large parts, and these are small
+    bridge.formats.syscalls.PART_BYTES = 1
     adapters(), formats()
     for name in dir(bridge):
         getattr(bridge, name)  # each is imported when it is first asked for
