@@ -77,7 +77,10 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
 
 
 def sweep(destination: Path) -> list[str]:
-    """Remove what killed runs to this destination left beside it; says what. Takes the lock."""
+    """Remove what killed runs to this destination left beside it; says what.
+
+    The lock must be held: without it no run can be told from one that was killed.
+    """
     notes = []
     name = re.compile(re.escape(_prefix(destination)) + rf"(\d+)-[0-9a-f]{{8}}({ASIDE})?")
     for found in lists(destination.parent):
@@ -142,7 +145,9 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
 def _remove(path: Path) -> str:
     """Remove a directory; says so where it cannot be done."""
     _remove_all(path)
-    return f"{path} could not be removed, and can be" if os.path.lexists(path) else ""
+    return (
+        f"{path} could not be removed: it is left over, and safe to remove" if os.path.lexists(path) else ""
+    )
 
 
 def _remove_all(path: Path) -> None:

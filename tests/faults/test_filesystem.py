@@ -478,7 +478,7 @@ def no_thread(scene: Scene) -> None:
 
 EXISTS, OURS = r"error: .*made/out exists$", r"error: .*made/out exists and "
 
-FAULTS = [
+ROWS = [
     Fault(13, "the step alone", unfinished_alone, Expect(r"Orbax did not finish this save")),
     Fault(13, "beside a finished one", unfinished_beside, Expect(r"not finished: 8\.orbax-checkpoint-tmp-3", 0)),
     Fault(13, "no finished one", unfinished_only, Expect(r"none of its steps was finished")),
@@ -597,6 +597,6 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", provoked(FAULTS))
+@pytest.mark.parametrize("fault", provoked(ROWS))
 def test_fault(fault: Fault, scene: Scene) -> None:
     check(fault, scene)

@@ -4,13 +4,13 @@ import importlib
 from pathlib import Path
 
 from tests.faults.table import FAULTS, Fault
-from tests.faults.test_filesystem import FAULTS as FILE_SYSTEM
+from tests.faults.test_filesystem import ROWS as FILE_SYSTEM
 
 
 def rows() -> list[Fault]:
     found = list(FILE_SYSTEM)
     if (Path(__file__).parent / "test_sources.py").is_file():
-        found += importlib.import_module("tests.faults.test_sources").FAULTS
+        found += importlib.import_module("tests.faults.test_sources").ROWS
     return found
 
 
