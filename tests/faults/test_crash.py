@@ -98,8 +98,9 @@ def chosen(found: list[tuple[str, int]], fault: str) -> list[tuple[str, int]]:
     picked = []
     for call in {call: None for call, _ in able}:
         numbers = [number for of, number in able if of == call]
-        few = 3 if fault == KILL else 2
-        picked += [(call, numbers[round(i * (len(numbers) - 1) / (few - 1))]) for i in range(few)]
+        first, middle, last = numbers[0], numbers[len(numbers) // 2], numbers[-1]
+        some = {KILL: (first, middle, last), BROKEN: (first, last)}.get(fault, (middle,))
+        picked += [(call, each) for each in some]
     return list(dict.fromkeys(picked))
 
 
