@@ -15,7 +15,7 @@ CHECK := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bridge need
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types format clean old-orbax
+.PHONY: help setup demo test bench lint types format clean old-orbax
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## the whole tour on the small checkpoint that ships with bri
 
 test: $(TESTABLE) ## run the tests; PYTEST_ARGS="-k name" picks
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: $(TESTABLE) ## measure at full size (half an hour, 40 GB below TMPDIR); BENCH_ARGS="--help" tells how to take less
+	$(VENV)/bin/python -m tests.benchmarks.bench $(BENCH_ARGS)
 
 old-orbax: $(OLD_ORBAX)/.installed ## make .venv-old-orbax with openpi's pinned Orbax, for the tests that restore with it
 

@@ -8,6 +8,7 @@ OCDBT, as Orbax writes it. With 18 layers: 3.3 billion parameters, 7.5 GB before
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from checkpoints import is_frozen, save_stream, shapes
+from tests.checkpoints import is_frozen, save_stream, shapes
 
 STOCK = {
     "layers": 18, "heads": 8, "head_dim": 256, "width": 2048, "mlp": 16384,
@@ -38,22 +39,34 @@ def weights(shape: tuple[int, ...], frozen: bool, seed: int) -> np.ndarray:
     block = random.standard_normal(min(size, 1 << 24), np.float32) * np.float32(0.02)
     dtype: Any = ml_dtypes.bfloat16 if frozen else np.float32
     out = np.empty(size, dtype)
+    # one small scratch: fresh memory costs more than the numbers in it
+    scratch = np.empty(min(size, 1 << 20), np.float32)
     for start in range(0, size, len(block)):
-        part = block[: size - start]
         scale = np.float32(1 + start / max(size, 1))
-        out[start : start + len(part)] = (part * scale).astype(dtype)
+        for at in range(0, min(len(block), size - start), len(scratch)):
+            part = block[at : min(at + len(scratch), size - start)]
+            out[start + at : start + at + len(part)] = np.multiply(part, scale, out=scratch[: len(part)])
     return out.reshape(shape)
+
+
+def parameters(layers: int) -> int:
+    """How many numbers the checkpoint holds."""
+    return sum(math.prod(shape) for shape in _shapes(layers).values())
 
 
 def make(directory: Path, layers: int = 18, lora: Mapping[str, int] = LORA) -> Path:
     """Write the checkpoint; one array is in memory at a time."""
-    sizes = {**STOCK, "layers": layers, "image_layers": 27 * layers // 18}
-    every = shapes(sizes, "pi0", lora, 1, False)
+    every = _shapes(layers, lora)
     arrays = (
         (name, weights(every[name], is_frozen(name, lora), number))
         for number, name in enumerate(sorted(every))
     )
     return save_stream(arrays, directory)
+
+
+def _shapes(layers: int, lora: Mapping[str, int] = LORA) -> Mapping[str, tuple[int, ...]]:
+    sizes = {**STOCK, "layers": layers, "image_layers": 27 * layers // 18}
+    return shapes(sizes, "pi0", lora, 1, False)
 
 
 if __name__ == "__main__":
