@@ -28,6 +28,9 @@ from bridge.publish import RECORD, publishing
 from bridge.record import combined, record_text
 from bridge.step import Step, run_step
 
+ABANDONED = ".abandoned"
+"""In the private directory, once what is being made there is not wanted any more."""
+
 Progress = Callable[[int, int], None]
 """Called with the decoded source bytes dealt with so far, and their total."""
 
@@ -107,7 +110,7 @@ def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Exe
     place = directory / output.where
     place.mkdir(exist_ok=True)
     sink = format.create(place, output.specs, output.header, output.zeros)
-    done = run_steps(plan, output, sink, tick, executor)
+    done = run_steps(plan, output, sink, tick, executor, place / ABANDONED)
     sink.finish()
     for name, data in output.files.items():
         path = place / name
@@ -137,9 +140,22 @@ def _reopen(format: Format, place: Path, output: Output) -> None:
 
 
 def run_steps(
-    plan: Plan, output: Output, sink: Sink, tick: Tick, executor: Executor | None = None
+    plan: Plan,
+    output: Output,
+    sink: Sink,
+    tick: Tick,
+    executor: Executor | None = None,
+    abandoned: Path | None = None,
 ) -> list[Done]:
     """Run every step of an output into its sink, as many at once as workers and memory budget allow.
+
+    Args:
+        plan: what the output belongs to.
+        output: whose steps to run.
+        sink: takes what they write.
+        tick: called with decoded source bytes dealt with.
+        executor: runs the steps; threads of this process by default.
+        abandoned: a file that is made to tell steps on an executor to stop.
 
     Raises:
         ValueRefused: weights whose values cannot be converted, all of them.
@@ -157,7 +173,9 @@ def run_steps(
         if own is not None:
             return own.submit(run_step, step, sources, sink, _stoppable(tick, stop))
         assert executor is not None
-        return executor.submit(run_step, step, sources, sink)
+        return executor.submit(
+            run_step, step, sources, sink, _Unless(abandoned) if abandoned is not None else None
+        )
 
     # a worker is a thread already: threads of the linear algebra's own would only wait for each other
     blas = threadpool_limits(1, user_api="blas") if own is not None else contextlib.nullcontext()
@@ -180,11 +198,12 @@ def run_steps(
     finally:
         # on an error, steps under way stop at their next block, so that nothing outlives this call
         stop.set()
-        for future in running:
-            future.cancel()
         if own is not None:
             own.shutdown(wait=True, cancel_futures=True)
-        else:
+        elif running:
+            # not cancelled: dask calls a step cancelled that works on, in a directory that is about to go
+            if abandoned is not None:
+                abandoned.touch()
             wait(running)
         blas.__exit__(None, None, None)
     ordered = [done[i] for i in range(len(steps))]
@@ -203,6 +222,17 @@ def _stoppable(tick: Tick, stop: threading.Event) -> Tick:
         tick(count)
 
     return check
+
+
+@dataclass(frozen=True)
+class _Unless:
+    """A tick for workers that share nothing with this process but the output's directory."""
+
+    abandoned: Path
+
+    def __call__(self, count: int) -> None:
+        if self.abandoned.exists():
+            raise _Stopped(Problem("stopped", "see the first error"))
 
 
 class _Counter:
