@@ -10,14 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
-from bridge.formats import Format, Sink
+from bridge.formats import Format, Sink, Spent
 from bridge.formats.location import Location
 from bridge.formats.stamps import changed
 from bridge.outputs import Output
@@ -48,8 +48,16 @@ class Result:
     """Highest resident memory of this process so far, in bytes."""
     checksum: str
     """xxh3-128 over the checksums of all tensors, in order of name."""
+    spent: Spent = field(default_factory=Spent)
+    """Of all workers together."""
+    workers: int = 1
     notes: tuple[str, ...] = ()
     """What killed runs had left beside the destination, and what was done about it."""
+
+    @property
+    def floor(self) -> float:
+        """Seconds below which no run could have come: its own reading and writing, or its decoding."""
+        return max(self.spent.read + self.spent.write, self.spent.decode / self.workers)
 
     @property
     def bytes_per_second(self) -> float:
@@ -75,11 +83,13 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         raise ValueError("this plan has no destination")
     began = time.perf_counter()
     counter = _Counter(plan.bytes_decoded, progress)
+    spent = Spent()
     notes: list[str] = []
     with publishing(plan.destination, overwrite=plan.overwrite, notes=notes) as directory:
         try:
             checksums = {
-                output.where: _make(plan, output, directory, counter.add, executor) for output in plan.outputs
+                output.where: _make(plan, output, directory, counter.add, executor, spent)
+                for output in plan.outputs
             }
         except Exception as error:
             # whatever was found wrong with files that changed: that they did is the cause
@@ -100,11 +110,15 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         peak_memory=peak_memory(),
         checksum=checksums[""],
         notes=tuple(notes),
+        spent=spent,
+        workers=plan.workers,
     )
 
 
-def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Executor | None) -> str:
-    """Write one output below the private directory; returns its checksum."""
+def _make(
+    plan: Plan, output: Output, directory: Path, tick: Tick, executor: Executor | None, spent: Spent
+) -> str:
+    """Write one output below the private directory; returns its checksum, and adds up what was spent."""
     format = next(known for known in formats() if known.name == output.state.format)
     assert format.create is not None
     place = directory / output.where
@@ -116,6 +130,10 @@ def _make(plan: Plan, output: Output, directory: Path, tick: Tick, executor: Exe
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    for each in done:
+        spent.read += each.spent.read
+        spent.decode += each.spent.decode
+        spent.write += each.spent.write
     sums = {name: checksum for each in done for name, checksum in each.written.items()}
     (place / RECORD).write_text(record_text(plan, output, place, done, sums))
     _reopen(format, place, output)

@@ -143,7 +143,19 @@ def _result_lines(result: Result) -> list[str]:
         f"{click.style('wrote', fg='green')}        {printable(str(result.destination))}, {result.tensors} tensors",
         f"             read {size(result.bytes_read)}, wrote {size(result.bytes_written)} "
         f"in {result.seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
+        *_floor_lines(result),
         f"             checksum {result.checksum}",
+    ]
+
+
+def _floor_lines(result: Result) -> list[str]:
+    """How the run compares with its own reading and writing, where that was measured."""
+    spent, workers = result.spent, result.workers
+    if not result.floor:
+        return []
+    return [
+        f"             {result.seconds / result.floor:.1f} x its floor (reading {spent.read:.1f} s, "
+        f"writing {spent.write:.1f} s, decoding {spent.decode / workers:.1f} s a core)"
     ]
 
 
@@ -152,6 +164,8 @@ def _result_json(result: Result) -> dict[str, Any]:
         "bytes_read": result.bytes_read,
         "bytes_written": result.bytes_written,
         "seconds": result.seconds,
+        "floor": result.floor,
+        "spent": vars(result.spent),
         "bytes_per_second": result.bytes_per_second,
         "peak_memory": result.peak_memory,
         "checksum": result.checksum,

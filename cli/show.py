@@ -42,7 +42,7 @@ def columns() -> int:
 
 @contextlib.contextmanager
 def progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show bytes done on stderr: a bar on a terminal, a line every tenth elsewhere."""
+    """Show bytes done, the rate and the time left on stderr: a bar on a terminal, a line every tenth elsewhere."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
@@ -67,7 +67,9 @@ def progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
         )
         with bar:
             task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total: bar.update(
+                task, completed=done, total=total, description=label if done < total else "finishing"
+            )
     else:
         yield _lines(label)
 
@@ -79,11 +81,14 @@ def _lines(label: str) -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         nonlocal tenth
-        now = done * 10 // max(total, 1)
+        now, took = done * 10 // max(total, 1), time.perf_counter() - began
         # small checkpoints are done before a second line could tell anything
-        if now > tenth and time.perf_counter() - began > 1:
-            rate = done / (time.perf_counter() - began)
-            click.echo(f"{label}: {now * 10} % of {size(total)}, {size(rate)}/s", err=True)
+        if now > tenth and took > 1:
+            left = f"{(total - done) * took / done:.0f} s left" if done < total else "finishing"
+            click.echo(
+                f"{label}: {now * 10} %, {size(done)} of {size(total)}, {size(done / took)}/s, {left}",
+                err=True,
+            )
         tenth = max(tenth, now)
 
     return show
