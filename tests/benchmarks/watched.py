@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,27 +45,26 @@ def watch(command: Sequence[str], most: int | None = None) -> Watched:
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     busy, own = _busy(), _own()
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
     private = resident = 0
     stopped = False
-    try:
-        while process.poll() is None:
-            now, high = _memory(process.pid)
-            private, resident = max(private, now), max(resident, high)
-            if most is not None and private > most:
-                process.kill()
-                stopped = True
-            time.sleep(EVERY)
-        seconds = time.perf_counter() - began
-        out, errors = process.communicate()
-        others = max(0.0, _busy() - busy - (_own() - own)) / (seconds * (os.cpu_count() or 1))
-    finally:
-        if process.poll() is None:
+    # files, not pipes: nobody reads while it runs
+    with tempfile.TemporaryFile("w+") as out_file, tempfile.TemporaryFile("w+") as error_file:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out_file, stderr=error_file)
+        try:
+            while process.poll() is None:
+                now, high = _memory(process.pid)
+                private, resident = max(private, now), max(resident, high)
+                if most is not None and private > most:
+                    process.kill()
+                    stopped = True
+                time.sleep(EVERY)
+        finally:
             process.kill()
             process.wait()
+        seconds = time.perf_counter() - began
+        others = max(0.0, _busy() - busy - (_own() - own)) / (seconds * (os.cpu_count() or 1))
+        out, errors = (file.seek(0) or file.read() for file in (out_file, error_file))
     if process.returncode and not stopped:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors or out}")
     said = json.loads(out.splitlines()[-1]) if out.startswith("{") else {}
