@@ -64,7 +64,7 @@ def processes() -> Iterator[Executor]:
 def dask() -> Iterator[Executor]:
     from distributed import Client, LocalCluster
 
-    options = {"processes": True, "threads_per_worker": 1, "dashboard_address": None}
+    options = {"processes": True, "threads_per_worker": 1, "dashboard_address": ":0"}
     with LocalCluster(n_workers=2, **options) as cluster, Client(cluster) as client:
         yield client.get_executor()
 

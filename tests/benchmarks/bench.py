@@ -36,10 +36,12 @@ DISK = 11
 def main() -> None:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with _folder(arguments.dir, arguments.keep) as folder:
-        _check_space(folder, arguments.layers)
-        bench = Bench(folder, warm=arguments.warm, rounds=arguments.rounds)
-        found = bench.run(arguments)
+    try:
+        with _folder(arguments.dir, arguments.keep) as folder:
+            _check_space(folder, arguments.layers)
+            found = Bench(folder, warm=arguments.warm, rounds=arguments.rounds).run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if arguments.json:
         print(json.dumps(found, indent=2))
     elif arguments.markdown:
@@ -86,9 +88,10 @@ def _arguments() -> argparse.Namespace:
 @contextlib.contextmanager
 def _folder(chosen: Path | None, keep: bool) -> Iterator[Path]:
     """The folder that everything is made in, gone at the end whatever happens."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
     if keep:
         assert chosen is not None
-        chosen.mkdir(parents=True, exist_ok=True)
         yield chosen.absolute()
         return
     with tempfile.TemporaryDirectory(prefix="bridge-bench-", dir=chosen) as made:
