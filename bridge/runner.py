@@ -125,7 +125,9 @@ def _make(
     place.mkdir(exist_ok=True)
     sink = format.create(place, output.specs, output.header, output.zeros)
     done = run_steps(plan, output, sink, tick, executor, place / ABANDONED)
+    began = time.perf_counter()
     sink.finish()
+    spent.write += time.perf_counter() - began
     for name, data in output.files.items():
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import pytest
 
 import bridge
 from bridge.errors import Refusal, SourceRefused, ValueRefused
-from bridge.formats import Block
+from bridge.formats import Slab
 from bridge.inputs import Inputs
 from bridge.planner import Plan
 from tests import checkpoints
@@ -86,12 +86,12 @@ class Slow:
             array: np.ndarray = self.source.read(name, rows)
             return array
 
-    def blocks(self, name: str) -> Iterator[Block]:
+    def slabs(self, name: str, *cut: Any) -> Iterator[Slab]:
         with self._noted(name):
-            for start, rows in self.source.blocks(name):
-                for number in range(len(rows)):
+            for (first, *rest), values in self.source.slabs(name, *cut):
+                for number in range(len(values)):
                     self._note("row", name)
-                    yield start + number, rows[number : number + 1]
+                    yield (first + number, *rest), values[number : number + 1]
 
     @contextlib.contextmanager
     def _noted(self, name: str) -> Iterator[None]:

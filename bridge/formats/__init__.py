@@ -36,15 +36,6 @@ class Spent:
     write: float = 0.0
 
 
-@dataclass
-class Spent:
-    """Seconds a worker spent in what no conversion can do without: reading, decoding, writing."""
-
-    read: float = 0.0
-    decode: float = 0.0
-    write: float = 0.0
-
-
 @runtime_checkable
 class Source(Protocol):
     """A container opened for reading. Picklable: workers open their own files."""
