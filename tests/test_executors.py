@@ -155,7 +155,7 @@ def test_every_route_gives_the_bytes_that_threads_give(
 # Or nothing at all.
 
 
-@pytest.mark.parametrize("route", ["fold", "split", "import", "join"])
+@pytest.mark.parametrize("route", ["fold", "import"])
 def test_a_source_that_breaks_is_refused_and_nothing_is_left(
     home: Path, executor: Executor, tmp_path: Path, route: str
 ) -> None:
