@@ -17,7 +17,7 @@ from bridge.inputs import Inputs
 from bridge.model import Layout
 from bridge.names import grouped
 from bridge.outputs import Output, adapter_output, tensor_output
-from bridge.peft import PREFIX, module_of
+from bridge.peft import module_of
 from bridge.scales import Scale
 from bridge.writers import AdapterWriter
 
@@ -76,7 +76,10 @@ def adapter_outputs(
         )
     notes += _rank_notes(adapter)
     if options.compress_to is not None:
-        notes += _compression_notes(inputs, adapter)
+        from bridge.compare import compression_errors
+
+        adapter = replace(adapter, approximated=compression_errors(inputs, adapter))
+        notes += _compression_notes(adapter.approximated)
     outputs = (
         adapter.with_files({"README.md": model_card(inputs.source, adapter, scales, options)}),
         *outputs[1:],
@@ -182,15 +185,12 @@ def _rank_notes(adapter: Output) -> list[str]:
     ]
 
 
-def _compression_notes(inputs: Inputs, adapter: Output) -> list[str]:
+def _compression_notes(errors: Mapping[str, float]) -> list[str]:
     """The relative error of every compressed module, worst first."""
-    from bridge.compare import compression_errors
-
-    errors = compression_errors(inputs, adapter)
     if not errors:
         return ["no module has a larger rank: nothing is compressed"]
     order = sorted(errors, key=lambda name: -errors[name])
     return [
         f"{len(errors)} modules are compressed, relative Frobenius error up to {errors[order[0]]:.2e}",
-        *(f"compressed: {name.removeprefix(PREFIX)} {errors[name]:.2e}" for name in order),
+        *(f"compressed: {name} {errors[name]:.2e}" for name in order),
     ]

@@ -11,6 +11,7 @@ from bridge.errors import Problem
 from bridge.inputs import Inputs
 from bridge.lora import compress, split
 from bridge.outputs import Output
+from bridge.peft import PREFIX, A
 from bridge.pieces import Done, LeafWeights, Piece
 from bridge.rule import Rule
 from bridge.specs import FLOAT32
@@ -129,7 +130,7 @@ def _same_piece(
 
 
 def compression_errors(inputs: Inputs, adapter: Output) -> dict[str, float]:
-    """The relative Frobenius error of every module that an adapter's rank limit changes."""
+    """The relative Frobenius error of every module that an adapter's rank limit changes, by its path."""
     errors: dict[str, float] = {}
     for step in adapter.steps:
         writer = step.writer
@@ -141,5 +142,6 @@ def compression_errors(inputs: Inputs, adapter: Output) -> dict[str, float]:
             assert factors is not None
             a, b = split(step.rule.equation.one, factors.a.astype(FLOAT32), factors.b.astype(FLOAT32))
             if len(a) > writer.compress_to:
-                errors[pair.a.removesuffix(".lora_A.weight")] = compress(a, b, writer.compress_to)[2]
+                module = pair.a.removesuffix(A).removeprefix(PREFIX)
+                errors[module] = compress(a, b, writer.compress_to)[2]
     return errors

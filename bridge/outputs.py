@@ -49,6 +49,8 @@ class Output:
     header: Mapping[str, str]
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files written beside the tensors."""
+    approximated: Mapping[str, float] = field(default_factory=dict)
+    """Modules of an adapter that are compressed -> relative error of the product of their factors."""
 
     @property
     def bytes_written(self) -> int:

@@ -1,56 +1,123 @@
 """Proof that an adapter means what it should, by the PEFT that is installed.
 
 PEFT passes over missing keys, unexpected keys, wrong alphas and permuted layers in silence. So a
-written adapter is loaded by PEFT itself onto a skeleton with the true module paths (weights of
-stride zero: no memory), and everything it made of it is held against the plan and the source.
+written adapter is loaded by PEFT itself onto a skeleton with the true module paths, and everything
+it made of it is held against the plan and the source:
+
+- the config, the tensors and their checksums, the modules, their scales, the base left alone, what
+  PEFT would save again;
+- every module's factors: the exact distance of their product from that of openpi's factors;
+- every module run by PEFT on random inputs, against openpi's two einsums;
+- of every kind of module, one change of the weight as PEFT builds it, entry by entry.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+import math
+import time
+from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from bridge.axes import Index
+from bridge.axes import Equation, Index
 from bridge.checkpoint import weight_names
+from bridge.distance import entries, module_error
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.location import Location
-from bridge.formats.peft import CONFIG, FILE, open_peft
+from bridge.formats.peft import CONFIG, open_peft
 from bridge.formats.torch import TorchSource
-from bridge.lora import delta, factor_axes
+from bridge.lora import factor_axes
 from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors
 from bridge.publish import RECORD
 from bridge.rule import Rule
+from bridge.runtimes import lora_equations
+from bridge.skeleton import (
+    FIX,
+    base_problems,
+    import_peft,
+    load_on_skeleton,
+    lora_layers,
+    reexport_problems,
+)
 from bridge.specs import FLOAT32, raw
-from bridge.writers import AdapterWriter
+from bridge.writers import AdapterWriter, Pair
 
 if TYPE_CHECKING:
+    import threading
+
     import torch
 
     from bridge.planner import Plan
+    from bridge.step import Step
 
-#: relative error allowed of a module's delta, in the adapter's dtype
+#: relative error allowed of a module's product, in the adapter's dtype
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
-FIX = "this is a fault of bridge or of the installed PEFT: report it with the output of --dry-run"
+
+#: random inputs a module is run on, and how much more of an error they may show than its norm does
+TOKENS, SPREAD = 4, 4
+
+#: entries of a change of a weight that are built at once
+TILE = 1 << 18
 
 
-def prove_adapter(directory: Path, plan: Plan) -> dict[str, float]:
+@dataclass(frozen=True)
+class Proof:
+    """What the proof of an adapter found."""
+
+    peft: str
+    """Version of PEFT that loaded it."""
+    errors: Mapping[str, float]
+    """By module path: relative error (Frobenius) of the product of its factors."""
+    outputs: Mapping[str, float]
+    """By module path: relative difference of PEFT's output from openpi's, on random inputs, float32."""
+    seconds: float
+    """What it took after the tensors were written."""
+    importing: float
+    """The part of it spent waiting for PEFT to be imported."""
+
+    @property
+    def largest(self) -> float:
+        """Largest error of a module."""
+        return max(self.errors.values(), default=0.0)
+
+    def __str__(self) -> str:
+        return f"PEFT {self.peft} loads {len(self.errors)} modules, largest error {self.largest:.1e}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number about one module."""
+
+    module: str
+    what: str
+    error: float
+    allowed: float
+
+
+PRODUCT, OUTPUT = "the product of the factors", "the output"
+
+
+def prove_adapter(directory: Path, plan: Plan, importing: threading.Thread | None = None) -> Proof:
     """Load an adapter with PEFT and hold it against the plan that made it and the source.
 
-    Returns:
-        Relative error of every module's ``get_delta_weight``, by module path.
+    Args:
+        directory: the adapter.
+        plan: that made it.
+        importing: from :func:`import_peft`, where it was called earlier.
 
     Raises:
         ProofFailed: with everything that does not hold.
     """
+    began = time.perf_counter()
     try:
         source = open_peft(Location.parse(directory))
     except Refusal as refused:
@@ -60,33 +127,49 @@ def prove_adapter(directory: Path, plan: Plan) -> dict[str, float]:
     if config is None:
         raise ProofFailed(*problems)
     problems += _file_problems(directory, source, plan)
-    model, loaded = load_on_skeleton(directory, _weight_shapes(plan))
-    modules = _lora_modules(model)
-    expected = dict(_expected(plan))
-    problems += [*loaded, *_module_problems(directory, modules, expected.keys())]
-    problems += _saved_problems(directory, config, model, plan)
-    problems += _pattern_problems(directory, config, modules)
-    problems += reexport_problems(directory, model)
-    errors: dict[str, float] = {}
-    for module in expected.keys() & modules.keys():
-        layer, wanted = modules[module], expected[module]
-        if any(layer.get_base_layer().weight.stride()):
-            problems.append(Problem(f"{directory}: PEFT changes the base weight of {module}", FIX))
-        scale = layer.scaling["default"]
-        if not np.isclose(scale, wanted.scale, rtol=1e-6, atol=0):
-            problems.append(Problem(f"{directory}: PEFT scales {module} by {scale}, not {wanted.scale}", FIX))
-        actual = layer.get_delta_weight("default").detach().float().numpy()
-        errors[module] = relative_error(actual, wanted.delta())
-        if not errors[module] <= wanted.allowed:
-            problems.append(
-                Problem(
-                    f"{directory}: the delta of {module} is off by {errors[module]:.1e} "
-                    f"(allowed {wanted.allowed:.1e})",
-                    FIX,
-                )
-            )
+    waited = time.perf_counter()
+    (importing or import_peft()).join()
+    waited = time.perf_counter() - waited
+    with _single_threads():
+        model, loaded = load_on_skeleton(directory, _weight_shapes(plan))
+        layers = lora_layers(model)
+        planned = {_path(pair): pair for _, writer in _steps(plan) for pair in writer.pairs.values()}
+        problems += [*loaded, *_module_problems(directory, layers, planned.keys())]
+        problems += _saved_problems(directory, config, model, plan)
+        problems += _pattern_problems(directory, config, layers)
+        problems += _scale_problems(directory, layers, planned)
+        problems += reexport_problems(directory, model)
+        problems += base_problems(directory, model)
+        checks = _checks(plan, layers)
+    problems += [
+        Problem(
+            f"{directory}: {check.what} of {check.module} is off by {check.error:.1e} (allowed {check.allowed:.1e})",
+            FIX,
+        )
+        for check in checks
+        if not check.error <= check.allowed
+    ]
     refuse_if(problems, ProofFailed)
-    return errors
+    return Proof(
+        version("peft"),
+        {check.module: check.error for check in checks if check.what == PRODUCT},
+        {check.module: check.error for check in checks if check.what == OUTPUT},
+        time.perf_counter() - began,
+        waited,
+    )
+
+
+@contextlib.contextmanager
+def _single_threads() -> Iterator[None]:
+    """Let torch compute without threads of its own: every product here is small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _planned_config(
@@ -159,59 +242,13 @@ def _pattern_problems(directory: Path, config: AdapterConfig, modules: Mapping[s
     ]
 
 
-def load_on_skeleton(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, list[Problem]]:
-    """A PeftModel over a skeleton with these weights, and what loading said.
-
-    Args:
-        directory: the adapter.
-        shapes: shape of every weight of the base model, by the name it has there.
-    """
-    from peft import PeftModel
-
-    config = json.loads((directory / CONFIG).read_text())
-    saved = tuple(config.get("modules_to_save") or ())
-    problems: list[Problem] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = PeftModel.from_pretrained(_skeleton(shapes, saved), directory, is_trainable=False)
-        except Exception as error:
-            said = " ".join(str(error).split())[:400]
-            raise ProofFailed(Problem(f"{directory}: PEFT cannot load it: {said}", FIX)) from error
-    problems += [
-        Problem(f"{directory}: PEFT warns: {str(warning.message).splitlines()[0][:300]}", FIX)
-        for warning in caught
-        if not issubclass(warning.category, (DeprecationWarning, FutureWarning, ResourceWarning))
+def _scale_problems(directory: Path, layers: Mapping[str, Any], planned: Mapping[str, Pair]) -> list[Problem]:
+    return [
+        Problem(f"{directory}: PEFT scales {module} by {scale}, not {pair.runtime}", FIX)
+        for module, pair in planned.items()
+        if module in layers
+        if not math.isclose(scale := layers[module].scaling["default"], pair.runtime, rel_tol=1e-6)
     ]
-    return model, problems
-
-
-def _skeleton(shapes: Mapping[str, tuple[int, ...]], saved: tuple[str, ...]) -> torch.nn.Module:
-    """A tree of modules with the given weights. Weights take memory only where they are loaded."""
-    import torch
-
-    root = torch.nn.Module()
-    # PEFT asks a model for this when it saves and merges
-    root.config = {"model_type": "custom"}  # type: ignore[assignment]
-    for weight, shape in shapes.items():
-        module, _, name = weight.rpartition(".")
-        parent = root
-        *parents, last = module.split(".")
-        for part in parents:
-            if not hasattr(parent, part):
-                parent.add_module(part, torch.nn.Module())
-            parent = getattr(parent, part)
-        if not hasattr(parent, last):
-            is_linear = f"{module}.weight" in shapes and len(shapes[f"{module}.weight"]) == 2
-            made = torch.nn.Linear(1, 1, bias=False, device="meta") if is_linear else torch.nn.Module()
-            parent.add_module(last, made)
-        leaf = getattr(parent, last)
-        real = any(module.endswith(each) for each in saved)
-        value = torch.zeros(shape) if real else torch.zeros(()).expand(shape)
-        leaf.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
-        if isinstance(leaf, torch.nn.Linear) and name == "weight":
-            leaf.out_features, leaf.in_features = shape
-    return root
 
 
 def _weight_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -226,54 +263,6 @@ def _weight_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _lora_modules(model: Any) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm of what is expected (Frobenius)."""
-    gap, norm = float(np.linalg.norm(actual - expected)), float(np.linalg.norm(expected))
-    return gap / norm if norm else gap
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What PEFT must make of a module."""
-
-    scale: float
-    delta: Callable[[], np.ndarray]
-    """(out, in), from the source's leaves, by openpi's equations."""
-    allowed: float
-
-
-def _expected(plan: Plan) -> Iterator[tuple[str, Expected]]:
-    from bridge.compare import compression_errors
-
-    lossy = compression_errors(plan.inputs, plan.output)
-    for step in plan.output.steps:
-        if not isinstance(step.writer, AdapterWriter) or step.factors is None:
-            continue
-        factors_at = step.factors.open(step.rule, plan.inputs.sources, Done(), None)
-        for index, pair in step.writer.pairs.items():
-            module = pair.a.removesuffix(A)
-            allowed = TOLERANCE[step.writer.dtype.name] + 1.001 * lossy.get(module, 0.0)
-            wanted = partial(_delta, step.rule, factors_at, index)
-            yield module.removeprefix(PREFIX), Expected(pair.runtime, wanted, allowed)
-
-
-def _delta(rule: Rule, factors_at: Callable[[Index], Factors | None], index: Index) -> np.ndarray:
-    factors = factors_at(index)
-    assert factors is not None
-    product = delta(factor_axes(rule.equation.one), factors.a.astype(FLOAT32), factors.b.astype(FLOAT32))
-    return rule.equation.arrange(product * np.float32(factors.scale))
-
-
 def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[str]) -> list[Problem]:
     problems = [
         Problem(f"{directory}: PEFT gives LoRA to {module}, which the plan does not", FIX)
@@ -286,26 +275,121 @@ def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[
     return problems
 
 
-def reexport_problems(directory: Path, model: Any) -> list[Problem]:
-    """Whether the tensors PEFT would save again are exactly those of the file."""
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
+def _steps(plan: Plan) -> Iterator[tuple[Step, AdapterWriter]]:
+    """The steps that write factors."""
+    for step in plan.output.steps:
+        if isinstance(step.writer, AdapterWriter):
+            yield step, step.writer
 
-    stored = load_file(str(directory / FILE))
-    again = get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = [
-        Problem(f"{directory}: {name} is in the file, and PEFT did not take it", FIX)
-        for name in sorted(stored.keys() - again.keys())
-    ]
-    problems += [
-        Problem(f"{directory}: PEFT has {name}, which is not in the file", FIX)
-        for name in sorted(again.keys() - stored.keys())
-    ]
-    problems += [
-        Problem(f"{directory}: PEFT holds other values than the file in {name}", FIX)
-        for name in sorted(stored.keys() & again.keys())
-        if again[name].shape != stored[name].shape
-        or not torch.equal(again[name].to(stored[name].dtype), stored[name])
-    ]
-    return problems
+
+def _path(pair: Pair) -> str:
+    return pair.a.removesuffix(A).removeprefix(PREFIX)
+
+
+def _checks(plan: Plan, layers: Mapping[str, Any]) -> list[Check]:
+    """Every number about every module; several leaves at once."""
+    import torch
+
+    def check(numbered: tuple[int, tuple[Step, AdapterWriter]]) -> list[Check]:
+        number, (step, writer) = numbered
+        with torch.no_grad():
+            return list(_step_checks(plan, step, writer, number, layers))
+
+    with ThreadPoolExecutor(plan.workers) as pool:
+        return [each for found in pool.map(check, enumerate(_steps(plan))) for each in found]
+
+
+def _step_checks(
+    plan: Plan, step: Step, writer: AdapterWriter, number: int, layers: Mapping[str, Any]
+) -> Iterator[Check]:
+    """What PEFT made of the modules of one leaf, against the leaf's factors."""
+    assert step.factors is not None
+    factors_at = step.factors.open(step.rule, plan.inputs.sources, Done(), None)
+    generator = np.random.default_rng(number)
+    samples = _one_of_each_kind(list(writer.pairs), number)
+    for index, pair in writer.pairs.items():
+        module, factors = _path(pair), factors_at(index)
+        assert factors is not None
+        # what PEFT did not load has been said
+        if module not in layers or any(weight.is_meta for weight in layers[module].parameters()):
+            continue
+        allowed = TOLERANCE[writer.dtype.name] + 1.001 * plan.output.approximated.get(module, 0.0)
+        yield from _module_checks(module, layers[module], step.rule, factors, allowed, generator)
+        if index in samples:
+            error = _change_error(layers[module], step.rule.equation.one, factors)
+            yield Check(module, "the change of the weight", error, allowed)
+
+
+def _one_of_each_kind(indices: list[Index], number: int) -> set[Index]:
+    """One weight of each that a leaf stacks along its first axis: k and v, each of some layer."""
+    kinds: dict[Index, list[Index]] = {}
+    for index in indices:
+        kinds.setdefault(index[1:], []).append(index)
+    return {same[(number + kind) % len(same)] for kind, same in enumerate(kinds.values())}
+
+
+def _module_checks(
+    module: str, layer: Any, rule: Rule, factors: Factors, allowed: float, generator: np.random.Generator
+) -> Iterator[Check]:
+    import torch
+
+    lora_A, lora_B = (getattr(layer, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
+    lora_B = lora_B * layer.scaling["default"]
+    error = module_error(rule.equation.one, lora_A, lora_B, factors.a, factors.b, factors.scale)
+    yield Check(module, PRODUCT, error, allowed)
+    x = torch.from_numpy(generator.standard_normal((TOKENS, lora_A.shape[1]), dtype=np.float32))
+    output = layer(x).double()
+    error = _relative(output, _openpi_output(rule, factors, x.double()))
+    yield Check(module, OUTPUT, error, SPREAD * allowed)
+    error = _relative(output, x.double() @ lora_A.T @ lora_B.T)
+    yield Check(module, "the output, by its own factors,", error, SPREAD * TOLERANCE["float32"])
+
+
+def _openpi_output(rule: Rule, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+    """What openpi's LoRA einsums give for inputs of one weight: (tokens, out), float64."""
+    import torch
+
+    if rule.runtime is None:
+        found = [x @ a.T @ b.T for _, b, a in entries(rule.equation.one, factors.a, factors.b)]
+        return factors.scale * torch.cat(found, 1)
+    a, b = (torch.from_numpy(factor.astype(np.float64)) for factor in (factors.a, factors.b))
+    operands, _ = rule.runtime.split("->")
+    labels, weight = operands.split(",")
+    sizes = dict(zip(weight, (*a.shape[:-1], b.shape[-1]), strict=True))
+    first, second = lora_equations(rule.runtime)
+    middle = torch.einsum(first, x.reshape(1, len(x), *(sizes[label] for label in labels[2:])), a)
+    return factors.scale * torch.einsum(second, middle, b).reshape(len(x), -1)
+
+
+def _change_error(layer: Any, equation: Equation, factors: Factors) -> float:
+    """Relative error of what PEFT would add to the weight, some rows at a time."""
+    import torch
+
+    axes, output = factor_axes(equation), equation.right[0]
+    a, b = (torch.from_numpy(factor.astype(FLOAT32)) for factor in (factors.a, factors.b))
+    if axes.summed:
+        b = b.sum(axes.summed, keepdim=True)
+    sizes = dict(zip(equation.left, (*factors.a.shape[:-1], factors.b.shape[-1]), strict=True))
+    whole = layer.lora_B["default"].weight
+    spread = whole.reshape(*(sizes[axis] for axis in output), -1)
+    before = (slice(None),) * output.index(axes.outer)
+    step = max(1, TILE // a[..., 0].numel())
+    gap = norm = 0.0
+    try:
+        for start in range(0, sizes[axes.outer], step):
+            tile = slice(start, start + step)
+            rows = spread[(*before, tile)].reshape(-1, whole.shape[1])
+            layer.lora_B["default"].weight = torch.nn.Parameter(rows, requires_grad=False)
+            actual = layer.get_delta_weight("default")
+            wanted = equation.arrange((a @ b[..., tile]).numpy()) * FLOAT32.type(factors.scale)
+            gap = math.hypot(gap, float(torch.linalg.norm(actual - torch.from_numpy(wanted))))
+            norm = math.hypot(norm, float(np.linalg.norm(wanted)))
+    finally:
+        layer.lora_B["default"].weight = whole
+    return gap / norm if norm else gap
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    gap, norm = float((actual - expected).norm()), float(expected.norm())
+    return gap / norm if norm else gap

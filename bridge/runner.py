@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from threadpoolctl import threadpool_limits
 
@@ -27,6 +28,9 @@ from bridge.plugins import formats
 from bridge.publish import RECORD, publishing
 from bridge.record import combined, record_text
 from bridge.step import Step, run_step
+
+if TYPE_CHECKING:
+    from bridge.proof import Proof
 
 ABANDONED = ".abandoned"
 """In the private directory, once what is being made there is not wanted any more."""
@@ -54,14 +58,23 @@ class Result:
     notes: tuple[str, ...] = ()
     """What killed runs had left beside the destination, and what was done about it."""
 
+    proof: Proof | None = None
+    """What the proof of an adapter found; it stands before the adapter is published."""
+
+
     @property
     def floor(self) -> float:
-        """Seconds below which no run could have come: its own reading and writing, or its decoding."""
-        return max(self.spent.read + self.spent.write, self.spent.decode / self.workers)
+        """Seconds that reading, decoding and writing alone took, shared by the workers."""
+        return (self.spent.read + self.spent.decode + self.spent.write) / self.workers
+
+    @property
+    def converting_seconds(self) -> float:
+        """``seconds`` without the proof."""
+        return self.seconds - (self.proof.seconds if self.proof is not None else 0.0)
 
     @property
     def bytes_per_second(self) -> float:
-        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9)
+        return (self.bytes_read + self.bytes_written) / max(self.converting_seconds, 1e-9)
 
 
 def run(plan: Plan, progress: Progress | None = None, executor: Executor | None = None) -> Result:
@@ -85,6 +98,11 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
     counter = _Counter(plan.bytes_decoded, progress)
     spent = Spent()
     notes: list[str] = []
+    proof = importing = None
+    if plan.output.state is converters.PEFT:
+        from bridge.skeleton import import_peft
+
+        importing = import_peft()
     with publishing(plan.destination, overwrite=plan.overwrite, notes=notes) as directory:
         try:
             checksums = {
@@ -97,10 +115,10 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
                 raise SourceRefused(*problems) from error
             raise
         refuse_if(changed(plan.stamps), SourceRefused)
-        if plan.output.state is converters.PEFT:
+        if importing is not None:
             from bridge.proof import prove_adapter
 
-            prove_adapter(directory, plan)
+            proof = prove_adapter(directory, plan, importing)
     return Result(
         destination=plan.destination,
         bytes_read=plan.bytes_read,
@@ -112,6 +130,7 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
         notes=tuple(notes),
         spent=spent,
         workers=plan.workers,
+        proof=proof,
     )
 
 

@@ -138,14 +138,21 @@ def _result_lines(result: Result) -> list[str]:
     from bridge.text import size
 
     rate = size(result.bytes_per_second)
-    return [
+    lines = [
         *(f"note         {printable(note)}" for note in result.notes),
         f"{click.style('wrote', fg='green')}        {printable(str(result.destination))}, {result.tensors} tensors",
         f"             read {size(result.bytes_read)}, wrote {size(result.bytes_written)} "
-        f"in {result.seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
+        f"in {result.converting_seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
         *_floor_lines(result),
         f"             checksum {result.checksum}",
     ]
+    if result.proof is not None:
+        proof = result.proof
+        lines.append(
+            f"{click.style('proof', fg='green')}        {proof}, {proof.seconds:.3g} s "
+            f"({proof.importing:.2g} s of it waiting for PEFT to be imported)"
+        )
+    return lines
 
 
 def _floor_lines(result: Result) -> list[str]:
@@ -154,12 +161,13 @@ def _floor_lines(result: Result) -> list[str]:
     if not result.floor:
         return []
     return [
-        f"             {result.seconds / result.floor:.1f} x its floor (reading {spent.read:.1f} s, "
-        f"writing {spent.write:.1f} s, decoding {spent.decode / workers:.1f} s a core)"
+        f"             {result.converting_seconds / result.floor:.1f} x its floor: {workers} workers read "
+        f"{spent.read:.1f} s, decoded {spent.decode:.1f} s, wrote {spent.write:.1f} s"
     ]
 
 
 def _result_json(result: Result) -> dict[str, Any]:
+    proof = result.proof
     return {
         "bytes_read": result.bytes_read,
         "bytes_written": result.bytes_written,
@@ -170,6 +178,16 @@ def _result_json(result: Result) -> dict[str, Any]:
         "peak_memory": result.peak_memory,
         "checksum": result.checksum,
         "leftovers": list(result.notes),
+        "proof": None
+        if proof is None
+        else {
+            "peft": proof.peft,
+            "modules": len(proof.errors),
+            "largest_error": proof.largest,
+            "largest_output_error": max(proof.outputs.values()),
+            "seconds": proof.seconds,
+            "importing": proof.importing,
+        },
     }
 
 

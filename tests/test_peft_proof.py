@@ -404,11 +404,12 @@ def test_proof_rejects_damage(folded: Written, name: str, tmp_path: Path) -> Non
 
 def test_proof_accepts_the_adapter_itself(folded: Written, kept: Written, record_property: Any) -> None:
     for written in (folded, kept):
-        errors = prove_adapter(written.directory, written.plan)
-        assert len(errors) == 2 * 2 * 7
-        record_property("error of the worst module, by the proof", max(errors.values()))
-        print(f"{len(errors)} modules, worst {max(errors.values()):.2g}")
-        assert max(errors.values()) <= 1e-6
+        proof = prove_adapter(written.directory, written.plan)
+        assert len(proof.errors) == len(proof.outputs) == 2 * 2 * 7
+        record_property("error of the worst module, by the proof", proof.largest)
+        print(f"{len(proof.errors)} modules, worst {proof.largest:.2g}")
+        assert proof.largest <= 1e-7
+        assert max(proof.outputs.values()) <= 1e-6
 
 
 def test_proof_accepts_what_safetensors_writes(folded: Written, tmp_path: Path) -> None:
