@@ -14,7 +14,8 @@ from bridge.formats import Source
 from bridge.formats.peft import CONFIG
 from bridge.model import Adapter, Layout, Model
 from bridge.names import grouped
-from bridge.peft import PREFIX, SECONDS, A, AdapterConfig, B, read_config
+from bridge.patterns import SECONDS
+from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
 from bridge.plugins import adapters
 from bridge.recognise import Place, place_weights
 from bridge.specs import WEIGHT_DTYPES
@@ -52,6 +53,7 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
     problems += _strays(where, names, places, found)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
+    ignored: list[str] = []
     for weight, place in places.items():
         canonical = place.rule.template.format(place.at)
         module = weight.rpartition(".")[0]
@@ -63,10 +65,12 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
                     Problem(f"{where}: {module} carries LoRA, and is no matrix", "merge it in PEFT instead")
                 )
             if config is not None and a in source.specs and b in source.specs:
-                found_module, trouble = _module(source, config, where, module, a, b)
+                found_module, applies, trouble = _module(source, config, where, module, a, b)
                 problems += trouble
                 if found_module is not None:
                     modules[canonical] = found_module
+                if not applies:
+                    ignored.append(module)
         stored = PREFIX + weight
         if stored in source.specs:
             saved[canonical] = stored
@@ -77,6 +81,13 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
                         RESAVE,
                     )
                 )
+    problems += [
+        Problem(
+            f"{where}: {name} has factors, and the config gives it no LoRA: PEFT would run without them in silence",
+            "name it in target_modules, if it was trained; else take its tensors out",
+        )
+        for name in grouped(ignored)
+    ]
     problems += [
         Problem(
             f"{where}: {name} has dtype {spec.dtype.name}", f"save it as one of {', '.join(WEIGHT_DTYPES)}"
@@ -124,16 +135,15 @@ def _pair_problems(source: Source, where: str, module: str, a: str, b: str) -> l
 
 def _module(
     source: Source, config: AdapterConfig, where: str, module: str, a: str, b: str
-) -> tuple[Module | None, list[Problem]]:
+) -> tuple[Module | None, bool, list[Problem]]:
+    """The factors of one module, and whether PEFT applies them."""
     try:
-        rank, scale = config.rank(module), config.scale(module)
+        rank, scale, applies = config.rank(module), config.scale(module), config.applies(module)
     except TimeoutError:
-        return None, [
-            Problem(f"{where}/{CONFIG}: its patterns take longer than {SECONDS:g} s to match", RESAVE)
-        ]
+        said = f"{where}/{CONFIG}: its patterns take longer than {SECONDS:g} s to match"
+        return None, True, [Problem(said, RESAVE)]
     stored = source.specs[a].shape[0] if source.specs[a].shape else 0
     if stored != rank:
-        return None, [
-            Problem(f"{where}: {module} has rank {stored}, and the config gives it {rank}", RESAVE),
-        ]
-    return Module(a, b, rank, scale), []
+        said = f"{where}: {module} has rank {stored}, and the config gives it {rank}"
+        return None, applies, [Problem(said, RESAVE)]
+    return Module(a, b, rank, scale), applies, []

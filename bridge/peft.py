@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,65 +16,27 @@ from typing import Any
 
 from bridge.errors import Problem
 from bridge.names import Template
+from bridge.patterns import SECONDS, Clock
+from bridge.targets import Targets, read_targets
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 #: PEFT's default when the config does not say
 DEFAULT_ALPHA = 8
-MAX_PATTERN = 8192
-#: what all patterns of an adapter may take together, for all of its modules
-SECONDS = 2.0
 
 #: fields that do not change what a loaded LoRA adapter computes
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
-    "task_type", "target_modules", "exclude_modules", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "layers_pattern", "qalora_group_size",
-    "layers_to_transform", "ensure_weight_tying", "velora_config",
+    "task_type", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying", "velora_config",
 }  # fmt: skip
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save",
     "bias", "init_lora_weights", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-
-
-class Clock:
-    """Matches foreign patterns in bounded time, all of them together."""
-
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self._left = seconds
-
-    def matching(self, patterns: Iterable[str], module: str) -> list[str]:
-        """The patterns that match, in order, as PEFT's ``get_pattern_key`` tries them.
-
-        Raises:
-            TimeoutError: the time is up.
-        """
-        return [pattern for pattern in patterns if self._match(pattern, module)]
-
-    def check(self, pattern: str) -> str:
-        """What is wrong with a pattern, or nothing. Raises TimeoutError when the time is up."""
-        import regex
-
-        if len(pattern) > MAX_PATTERN:
-            return f"has {len(pattern)} characters"
-        try:
-            self._match(pattern, "")
-        except regex.error as error:
-            return f"is no regular expression ({error})"
-        return ""
-
-    def _match(self, pattern: str, module: str) -> bool:
-        import regex
-
-        if self._left <= 0:
-            raise TimeoutError
-        began = time.monotonic()
-        try:
-            return regex.match(rf"(.*\.)?({pattern})$", module, timeout=self._left) is not None
-        finally:
-            self._left -= time.monotonic() - began
 
 
 @dataclass(frozen=True)
@@ -88,6 +49,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
+    targets: Targets
     clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     def rank(self, module: str) -> int:
@@ -99,6 +61,10 @@ class AdapterConfig:
         rank = self.rank(module)
         alpha = self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def applies(self, module: str) -> bool:
+        """Whether PEFT gives a linear layer LoRA. Raises TimeoutError for patterns that take too long."""
+        return self.targets.include(module, self.clock)
 
     def saves(self, module: str) -> bool:
         """Whether PEFT keeps a copy of this module in the adapter: it, or one it is part of, is named."""
@@ -163,7 +129,10 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         refuse(f"modules_to_save is {_shown(saved)}", "restore the config that was saved with the adapter")
-    if problems:
+        saved = []
+    targets, faults = read_targets(config, saved, clock, where)
+    problems += faults
+    if problems or targets is None:
         return None, problems
     return (
         AdapterConfig(
@@ -173,6 +142,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
             {key: int(number) for key, number in patterns["rank_pattern"].items()},
             {key: float(number) for key, number in patterns["alpha_pattern"].items()},
             tuple(saved),
+            targets,
             clock,
         ),
         [],
