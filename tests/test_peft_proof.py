@@ -5,6 +5,7 @@ Corruptions are planted into a finished directory, or made by a faulty writer; m
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -19,9 +21,10 @@ import torch
 import bridge
 from bridge import writers
 from bridge.errors import ProofFailed
-from bridge.proof import prove_adapter
+from bridge.proof import TOLERANCE, prove_adapter
 from tests import checkpoints, golden
 from tests.golden import State
+from tests.test_mutants import in_axes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -84,9 +87,9 @@ class Written:
         return directory
 
 
-def write(home: Path, lora: dict[str, int], *, keep_alpha: bool) -> Written:
+def write(home: Path, lora: dict[str, int], *, keep_alpha: bool, layers: int = 2) -> Written:
     """An adapter of a small pi0; alpha / rank is 2 and 0.5."""
-    tree = checkpoints.pi0_tree(lora=lora, layers=2)
+    tree = checkpoints.pi0_tree(lora=lora, layers=layers)
     source = checkpoints.save(tree, home / "1", quick=True)
     alphas = {"paligemma": 2.0 * lora["paligemma"], "expert": 0.5 * lora["expert"]}
     plan = bridge.plan(source, home / "adapter", to="peft-adapter", keep_alpha=keep_alpha, lora_alpha=alphas)
@@ -104,6 +107,12 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Of ranks below every dimension, and the scale in `alpha_pattern`."""
     return write(tmp_path_factory.mktemp("kept"), {"paligemma": 1, "expert": 1}, keep_alpha=True)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Of five layers."""
+    return write(tmp_path_factory.mktemp("deep"), {"paligemma": 3, "expert": 2}, keep_alpha=False, layers=5)
 
 
 # What is planted.
@@ -367,18 +376,187 @@ def test_proof_rejects(folded: Written, name: str, tmp_path: Path) -> None:
 ELSEWHERE = {"the last bit flipped", "a square lora_A transposed", "a square lora_B transposed"}
 
 
+def planned_so(written: Written, spoil: Callable[[Files], object], directory: Path) -> bridge.Plan:
+    """A fault made by bridge itself: the plan's config agrees with the file, and no record tells."""
+    written.spoilt(spoil, directory)
+    (directory / "bridge.json").unlink()
+    output = written.plan.output
+    files = {**output.files, CONFIG: (directory / CONFIG).read_bytes()}
+    return replace(written.plan, outputs=(replace(output, files=files),))
+
+
 @pytest.mark.parametrize("name", sorted(CORRUPTIONS.keys() - ELSEWHERE))
 def test_proof_rejects_what_was_planned_wrongly(kept: Written, name: str, tmp_path: Path) -> None:
-    """The same faults, made by bridge itself: the plan's config agrees with the file, and no record tells.
+    """The same faults. What is left is what PEFT makes of them, held against the source."""
+    plan = planned_so(kept, CORRUPTIONS[name], tmp_path / "adapter")
+    rejected(tmp_path / "adapter", plan)
 
-    What is left is what PEFT makes of it, held against the source.
-    """
-    directory = kept.spoilt(CORRUPTIONS[name], tmp_path / "adapter")
-    (directory / "bridge.json").unlink()
-    written = (directory / CONFIG).read_bytes()
-    output = kept.plan.output
-    planned = replace(output, files={**output.files, CONFIG: written})
-    rejected(directory, replace(kept.plan, outputs=(planned,)))
+
+# What only the numbers of one module of one layer show.
+
+SEVEN = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
+EVERY = [f"{stack[:-1]}{layer}.{name}" for stack in (LAYER, EXPERT) for layer in (0, 3, 4) for name in SEVEN]
+
+
+def count(refused: ProofFailed, what: str) -> int:
+    """Problems that say something."""
+    return sum(what in problem.cause for problem in refused.problems)
+
+
+def off_by(modules: list[str], ending: str, relative: float) -> Callable[[Files], object]:
+    """One entry of each module off, by so much that the module's product is off by `relative`."""
+
+    def spoil(files: Files) -> None:
+        for module in modules:
+            a, b = (files.tensors[module + each].double() for each in (A, B))
+            # a row of A counts by its column of B, and the other way round
+            counts = torch.linalg.norm(b, dim=0) if ending == A else torch.linalg.norm(a, dim=1)
+            rank = int(counts.argmax())
+            place = (rank, 1) if ending == A else (int(b[:, rank].abs().argmax()), rank)
+            files.tensors[module + ending][place] += relative * torch.linalg.norm(b @ a) / counts[rank]
+
+    return spoil
+
+
+@pytest.mark.parametrize("ending", [A, B])
+def test_the_limit_is_where_it_says(deep: Written, ending: str, tmp_path: Path) -> None:
+    """One entry off, in each module of three layers: a tenth above what is allowed, and a tenth below."""
+    limit = TOLERANCE["float32"]
+    said = rejected(tmp_path / "a", planned_so(deep, off_by(EVERY, ending, 1.1 * limit), tmp_path / "a"))
+    for module in EVERY:
+        assert (
+            count(said, f": the product of the factors of {module.removeprefix(PREFIX)} is off by 2.2e-06")
+            == 1
+        )
+    assert count(said, ": the product of the factors of ") == len(EVERY)
+    plan = planned_so(deep, off_by(EVERY, ending, 0.9 * limit), tmp_path / "b")
+    errors = prove_adapter(tmp_path / "b", plan).errors
+    for module in EVERY:
+        assert errors[module.removeprefix(PREFIX)] == pytest.approx(0.9 * limit, rel=0.05)
+    assert sum(error > 0.5 * limit for error in errors.values()) == len(EVERY)
+
+
+@pytest.mark.parametrize("module", [EVERY[0], EVERY[17], EVERY[-1]])
+def test_one_entry_of_one_module(deep: Written, module: str, tmp_path: Path) -> None:
+    said = rejected(tmp_path / "a", planned_so(deep, off_by([module], A, 2.2e-6), tmp_path / "a"))
+    assert count(said, module.removeprefix(PREFIX)) == len(said.problems) <= 2
+
+
+@pytest.mark.parametrize("name", SEVEN)
+def test_one_module_of_two_layers_exchanged(deep: Written, name: str, tmp_path: Path) -> None:
+    one, other = (f"{EXPERT.removesuffix('.0')}.{layer}.{name}" for layer in (2, 4))
+    said = rejected(tmp_path / "a", planned_so(deep, lambda files: files.swap(one, other), tmp_path / "a"))
+    for module in (one, other):
+        assert f"the product of the factors of {module.removeprefix(PREFIX)} is off" in str(said)
+        assert f"the output of {module.removeprefix(PREFIX)} is off" in str(said)
+
+
+def test_one_layer_of_all_modules_permuted(deep: Written, tmp_path: Path) -> None:
+    """Layers 1, 2 and 3 in a circle, everywhere."""
+
+    def spoil(files: Files) -> None:
+        for module in files.modules():
+            if ".layers.1." in module:
+                files.swap(module, module.replace(".layers.1.", ".layers.2."))
+                files.swap(module, module.replace(".layers.1.", ".layers.3."))
+
+    said = rejected(tmp_path / "a", planned_so(deep, spoil, tmp_path / "a"))
+    assert count(said, ": the product of the factors of ") == 3 * 2 * 7
+
+
+# Faults of PEFT, of which bridge would not know.
+
+
+def peft_forward(
+    change: Callable[[torch.Tensor], torch.Tensor], only: int | None = None
+) -> Callable[..., Any]:
+    """PEFT's forward, with another result: always, or the so-many-th time alone."""
+    forward, calls = peft.tuners.lora.layer.Linear.forward, iter(range(10**6))
+
+    def faulty(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = forward(self, x, *args, **kwargs)
+        return change(result) if only in (None, next(calls)) else result
+
+    return faulty
+
+
+@pytest.mark.parametrize("only", [None, 0, 13, 27])
+def test_peft_that_runs_a_module_otherwise(
+    folded: Written, only: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All modules, or one of the twenty-eight; by a ten thousandth."""
+    faulty = peft_forward(lambda result: result * (1 + 1e-4), only)
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", faulty)
+    said = rejected(folded.directory, replace(folded.plan, workers=1))
+    # against openpi's einsums, and against the factors it holds
+    assert len(said.problems) == 2 * (28 if only is None else 1)
+    assert count(said, ": the output of ") == count(said, ": the output, by its own factors, of ")
+
+
+def test_peft_that_merges_otherwise(folded: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One module of every kind is built entry by entry: q, k, v, o, gate, up, down of two experts."""
+    get_delta_weight = peft.tuners.lora.layer.Linear.get_delta_weight
+
+    def faulty(self: Any, adapter: str) -> torch.Tensor:
+        weight: torch.Tensor = get_delta_weight(self, adapter)
+        return weight * (1 + 1e-5)
+
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "get_delta_weight", faulty)
+    said = rejected(folded.directory, folded.plan)
+    assert len(said.problems) == count(said, ": the change of the weight of ") == 14
+    kinds = {
+        problem.cause.split("the change of the weight of ")[1].split(" is off")[0]
+        for problem in said.problems
+    }
+    assert {re.sub(r"\.\d+\.", ".", kind) for kind in kinds} == {
+        f"{stack.removesuffix('.0').removeprefix(PREFIX)}.{name}"
+        for stack in (LAYER, EXPERT)
+        for name in SEVEN
+    }
+    assert {re.search(r"layers\.(\d)", kind)[1] for kind in kinds} == {"0", "1"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tile", [1, 100, 1 << 30])
+def test_a_change_is_compared_in_any_tiles(
+    folded: Written, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row once: one that is wrong is seen, and the layer is as it was afterwards."""
+    monkeypatch.setattr("bridge.proof.TILE", tile)
+    prove_adapter(folded.directory, folded.plan)
+    get_delta_weight, rows = peft.tuners.lora.layer.Linear.get_delta_weight, iter(range(10**6))
+
+    def faulty(self: Any, adapter: str) -> torch.Tensor:
+        weight: torch.Tensor = get_delta_weight(self, adapter)
+        for row in weight:
+            if next(rows) == 10:
+                row += 1
+        return weight
+
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "get_delta_weight", faulty)
+    said = rejected(folded.directory, replace(folded.plan, workers=1))
+    assert len(said.problems) == 1 and "the change of the weight of" in str(said)
+
+
+# Faults of bridge's table: product and change follow the same table, openpi's einsums do not.
+
+TABLE = {
+    "heads inside dims, q": in_axes("/q_einsum/w", "layer head width dim -> (dim head) width"),
+    "heads inside dims, o": in_axes("/attn_vec_einsum_1/w", "layer head dim width -> width (dim head)"),
+}
+
+
+@pytest.mark.parametrize("fault", TABLE)
+def test_a_fault_of_the_table_publishes_nothing(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints.save(checkpoints.pi0_tree(layers=2), tmp_path / "1", quick=True)
+    TABLE[fault](monkeypatch)
+    with pytest.raises(ProofFailed) as failed:
+        bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=4.0)
+    assert len(failed.value.problems) == count(failed.value, ": the output of ") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -498,3 +676,22 @@ def test_a_faulty_config_publishes_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ProofFailed, match="PEFT scales"):
         bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=4.0)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+# What a user sees of it.
+
+
+def test_result_says_what_was_proven(tmp_path: Path) -> None:
+    source = checkpoints.save(checkpoints.pi0_tree(layers=2), tmp_path / "1", quick=True)
+    result = bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=4.0)
+    assert result.proof is not None
+    assert len(result.proof.errors) == len(result.proof.outputs) == 2 * 2 * 7
+    assert result.proof.peft == peft.__version__
+    assert (
+        str(result.proof)
+        == f"PEFT {peft.__version__} loads 28 modules, largest error {result.proof.largest:.1e}"
+    )
+    assert 0 <= result.proof.importing < result.proof.seconds < result.seconds
+    assert result.converting_seconds == result.seconds - result.proof.seconds
+    other = bridge.convert(source, tmp_path / "base", to="torch-base")
+    assert other.proof is None and other.converting_seconds == other.seconds
