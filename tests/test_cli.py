@@ -51,6 +51,16 @@ def test_convert_writes_and_says_what_it_did(tmp_path: Path) -> None:
         assert said in run.stdout
 
 
+def test_an_adapter_is_proven_in_words_and_in_json(tmp_path: Path) -> None:
+    run = bridge("convert", "--to", "peft-adapter", *ALPHAS, "--json", SAMPLE, tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    proof = json.loads(run.stdout)["proof"]
+    assert proof["modules"] == 3 * 2 * 7
+    assert 0 < proof["largest_error"] < 2e-6 and 0 < proof["largest_output_error"] < 1e-5
+    line = next(line for line in run.stderr.splitlines() if line.startswith("proof"))
+    assert f"PEFT {proof['peft']} loads 42 modules, largest error {proof['largest_error']:.1e}, " in line
+
+
 def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
     run = bridge("convert", "--to", "torch-merged", *ALPHAS, "--json", SAMPLE, tmp_path / "out")
     said = json.loads(run.stdout)
