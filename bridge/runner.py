@@ -61,7 +61,6 @@ class Result:
     proof: Proof | None = None
     """What the proof of an adapter found; it stands before the adapter is published."""
 
-
     @property
     def floor(self) -> float:
         """Seconds that reading, decoding and writing alone took, shared by the workers."""
