@@ -8,9 +8,10 @@ the count says so. Both sides are streamed.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bridge.lora import join
 from bridge.pieces import Factors
 from bridge.publish import RECORD
 from bridge.recognise import optional_weights
-from bridge.record import FIX, check_record, check_whole, read_record
+from bridge.record import check_record, check_whole, read_record
 from bridge.runtimes import jax_forward, random_input, torch_forward
 from bridge.sides import Both, Held, Side, counter, open_side, same_model, walk
 from bridge.specs import BFLOAT16, FLOAT16, FLOAT32, raw
@@ -74,6 +75,8 @@ class Verdict:
     actions: Mapping[str, float] | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
     """Tensors that no runtime uses, and are not compared -> why."""
+    scales: tuple[str, ...] = ()
+    """What openpi's LoRA factors were multiplied by, and where that was known from."""
 
     @property
     def holds(self) -> bool:
@@ -93,6 +96,7 @@ class Verdict:
             "destination": self.destination,
             "model": self.model,
             "counts": self.counts,
+            "scales": list(self.scales),
             "unused": dict(self.unused),
             "files": dict(self.files),
             "actions": dict(self.actions) if self.actions is not None else None,
@@ -142,11 +146,8 @@ def verify(
         before = merged.get(check.name)
         merged[check.name] = check if before is None else _worse(before, check)
     problems = [
-        Problem(
-            f"{check.name}: {_difference(check)} (allowed {check.allowed:.1e})",
-            FIX,
-        )
-        for check in sorted(merged.values(), key=lambda c: -c.relative)
+        Problem(f"{check.name}: {_difference(check)}", _fix(check))
+        for check in sorted(merged.values(), key=_badness, reverse=True)
         if not check.holds
     ]
     files: dict[str, bool] = {}
@@ -173,6 +174,7 @@ def verify(
         tuple(problems),
         actions,
         {name: why for side in (a, b) for name, why in _unused(side).items()},
+        tuple(dict.fromkeys(_scales(a, recorded=not lora_alpha) + _scales(b, recorded=not lora_alpha))),
     )
 
 
@@ -190,7 +192,7 @@ def _check(a: Side, b: Side, both: Both, rtol: float | None, generator: np.rando
     folded = _is_folded(both)
     if not folded:
         # the same weight on both sides: whatever runs it, its values must be equal
-        equal = _equality(both)
+        equal = _equality(both, rtol or 0.0)
         unmerged = both.a.has_factors or both.b.has_factors
         if not equal.holds or both.rule.runtime is None or (a.is_jax == b.is_jax and not unmerged):
             return equal
@@ -225,6 +227,7 @@ def _runtime(a: Side, b: Side, both: Both, rtol: float | None, generator: np.ran
     relative, allowed = largest / scale, rtol if rtol is not None else _allowed(both, x)
     if _is_folded(both):
         entry, limit = _entries(both)
+        limit = limit if rtol is None else rtol
         # one wrong entry of a large weight moves an output by little: the entries are held as well
         if not entry <= limit and relative <= allowed:
             relative, allowed = entry, limit
@@ -268,10 +271,12 @@ def _entries(both: Both) -> tuple[float, float]:
     return gap / (float(np.abs(expected).max()) or 1.0), limit
 
 
-def _equality(both: Both) -> Check:
+def _equality(both: Both, allowed: float) -> Check:
     """Equal after the declared cast: the wider side, cast to the narrower's dtype, is it bit for bit."""
     a, b = both.a.w, both.b.w
     narrow = min((a.dtype, b.dtype), key=lambda dtype: (dtype.itemsize, dtype.name))
+    if _widened(a, b):
+        narrow = b.dtype
     cast_a, cast_b = (each.astype(narrow, copy=False) for each in (a, b))
     gap = 0.0
     mean = relative = 0.0
@@ -281,7 +286,19 @@ def _equality(both: Both) -> Check:
         gap = float(differences.max()) if np.isfinite(differences).all() else float("inf")
         mean = float(differences.mean())
         relative = max(gap / (float(np.abs(wide_a).max()) or 1.0), 1e-300)
-    return Check(both.name, both.part.name, both.rule.leaf, "equal", both.index, gap, mean, relative, 0.0)
+    return Check(both.name, both.part.name, both.rule.leaf, "equal", both.index, gap, mean, relative, allowed)
+
+
+def _widened(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether ``b`` was made from ``a`` by widening, and not ``a`` from ``b`` by rounding.
+
+    Then it holds no bits beyond ``a``'s: few entries that have some are faults, and most of them
+    are what was rounded.
+    """
+    if b.dtype.itemsize <= a.dtype.itemsize:
+        return False
+    beyond = np.count_nonzero(a.astype(b.dtype) != b)
+    return bool(2 * beyond < np.count_nonzero(b))
 
 
 def _worse(a: Check, b: Check) -> Check:
@@ -290,11 +307,31 @@ def _worse(a: Check, b: Check) -> Check:
     return b if b.relative > a.relative or b.relative != b.relative else a
 
 
+def _badness(check: Check) -> float:
+    return math.inf if math.isnan(check.relative) else check.relative
+
+
 def _difference(check: Check) -> str:
     if check.kind == "equal":
-        return f"values differ, up to {check.max_abs:.1e} (relative {check.relative:.1e})"
+        limit = f"{check.allowed:.1e} allowed" if check.allowed else "they must be equal"
+        return f"values differ by up to {check.max_abs:.1e}, {check.relative:.1e} of the largest ({limit})"
     return (
-        f"the two runtimes differ by {check.relative:.1e} of the largest output (max_abs {check.max_abs:.1e})"
+        f"differs by {check.relative:.1e} of its largest output or entry ({check.allowed:.1e} allowed), "
+        f"outputs by up to {check.max_abs:.1e}"
+    )
+
+
+def _fix(check: Check) -> str:
+    if check.kind == "equal" and check.relative < 4 * EPSILON[FLOAT32]:
+        return "where both were merged, each in its own way, last bits differ: --rtol 1e-6 allows for that"
+    return "see that the two belong together (step, --base, --lora-alpha); if they do, convert again"
+
+
+def _scales(side: Side, *, recorded: bool) -> tuple[str, ...]:
+    found = (side.scales or {}).values()
+    return tuple(
+        str(replace(scale, origin=f"from {RECORD}") if recorded and scale.origin == "given" else scale)
+        for scale in found
     )
 
 

@@ -85,38 +85,55 @@ def verify(
 
 def _print(verdict: Verdict) -> None:
     say(f"source       {verdict.source}")
-    say(f"destination  {verdict.destination}")
+    if verdict.destination != verdict.source:
+        say(f"destination  {verdict.destination}")
+    for scale in verdict.scales:
+        say(f"lora scale   {scale}")
     if verdict.checks:
         counts = verdict.counts
         say(
             f"checked      {len(verdict.checks)} weights of {verdict.model}: {counts.get('runtime', 0)} run by both "
-            f"runtimes, {counts.get('equal', 0)} equal after the cast; none unchecked"
+            f"runtimes, {counts.get('equal', 0)} compared after the cast; none unchecked"
         )
-        for name, why in verdict.unused.items():
-            say(f"unused       {name}: {why}")
+    for name, why in verdict.unused.items():
+        say(f"not used     {name}: {why}")
+    if verdict.checks:
         say("")
         _table(verdict)
         say("")
+        _precision(verdict)
     for name, good in verdict.files.items():
-        say(f"{'file holds' if good else 'file fails':12} {name}")
+        say(f"file {'holds  ' if good else click.style('fails  ', fg='red')} {name}")
     if verdict.actions is not None:
         actions = verdict.actions
         say(
             f"actions      max_abs {actions['max_abs']:.1e}, mean_abs {actions['mean_abs']:.1e} "
-            f"(allowed {actions['allowed']:.0e}), stock transformers"
+            f"({actions['allowed']:.0e} allowed), sampled by stock transformers"
         )
     if verdict.holds:
-        say(
-            click.style("the same policy", fg="green")
-            if verdict.checks
-            else click.style("as written", fg="green")
-        )
+        say(click.style("the same policy" if verdict.checks else "as written", fg="green", bold=True))
         return
     for problem in verdict.problems[:SHOWN]:
         say(f"{click.style('fails', fg='red')}        {problem.cause}")
     if len(verdict.problems) > SHOWN:
         say(f"             and {len(verdict.problems) - SHOWN} more: --json lists them all")
-    say(f"fix          {verdict.problems[0].fix}")
+    for fix in dict.fromkeys(problem.fix for problem in verdict.problems):
+        say(f"fix          {fix}")
+    said = "not the same policy" if verdict.checks else "not as written"
+    say(click.style(said, fg="red", bold=True))
+
+
+def _precision(verdict: Verdict) -> None:
+    """What the largest relative errors are, in the two precisions."""
+    worst = verdict.worst("runtime")
+    if worst is None:
+        return
+    say(
+        f"float32      outputs differ by {worst.relative:.1e} of the largest one at most; rounding may make "
+        f"{worst.allowed:.1e}"
+    )
+    narrow = max((check.bfloat16 or 0.0 for check in verdict.checks), default=0.0)
+    say(f"bfloat16     {narrow:.1e} at most when both compute in it, as policies run")
 
 
 def _table(verdict: Verdict) -> None:
@@ -126,25 +143,32 @@ def _table(verdict: Verdict) -> None:
         groups[check.kind, key].append(check)
     head = ("weights", "count", "max_abs", "mean_abs", "relative", "allowed", "in bfloat16")
     rows = [head]
+    colours: list[str | None] = [None]
     for (kind, key), checks in groups.items():
         worst = max(checks, key=lambda check: check.relative)
         narrow = max((check.bfloat16 or 0.0 for check in checks), default=0.0)
+        allowed = _number(worst.allowed) if kind == "runtime" or worst.allowed else "equal"
         rows.append(
             (
                 key,
                 str(len(checks)),
-                f"{max(check.max_abs for check in checks):.1e}",
-                f"{max(check.mean_abs for check in checks):.1e}",
-                f"{worst.relative:.1e}",
-                f"{worst.allowed:.1e}" if kind == "runtime" else "equal",
-                f"{narrow:.1e}" if kind == "runtime" else "",
+                _number(max(check.max_abs for check in checks)),
+                _number(max(check.mean_abs for check in checks)),
+                _number(worst.relative),
+                allowed,
+                _number(narrow) if kind == "runtime" else "",
             )
         )
+        colours.append(None if all(check.holds for check in checks) else "red")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
+    for number, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         cells = [
             f"{cell:{w}}" if i == 0 else f"{cell:>{w}}"
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         line = "  " + "  ".join(cells).rstrip()
-        say(click.style(line, dim=True) if number == 0 else line)
+        say(click.style(line, dim=number == 0, fg=colour))
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
