@@ -139,6 +139,10 @@ def verify(
     alphas, root = alphas_for((dst, src), lora_alpha, rslora)
     a, b = open_side(src, base, alphas, root), open_side(dst, base, alphas, root)
     model = same_model(a, b)
+    if reference is not None:
+        from bridge.full_model import refuse_unless_runnable
+
+        refuse_unless_runnable(dst, b)
     generator = np.random.default_rng(seed)
     merged: dict[str, Check] = {}
     for both in walk(a, b, counter((a, b), progress)):

@@ -33,6 +33,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "adapter": ("orbax", {"to": "peft-adapter"}, "base"),
     "adapter-kept-alpha": ("orbax", {"to": "peft-adapter", "keep_alpha": True}, "base"),
     "adapter-lerobot": ("orbax", {"to": "peft-adapter", "layout": "lerobot"}, "base-lerobot"),
+    "base-transformers": ("orbax", {"to": "torch-base", "layout": "transformers"}, None),
+    "adapter-transformers": ("orbax", {"to": "peft-adapter", "layout": "transformers"}, "base-transformers"),
     "adapter-on-orbax": ("orbax", {"to": "peft-adapter"}, "base-orbax"),
     "adapter-on-bfloat16": ("orbax", {"to": "peft-adapter"}, "base-bfloat16"),
     "folded": ("merged", {"to": "orbax"}, None),

@@ -90,6 +90,8 @@ def _verdict_facts(verdict: Verdict) -> Iterable[tuple[str, str]]:
     yield "source", name(verdict.source)
     if verdict.destination != verdict.source:
         yield "destination", name(verdict.destination)
+    if verdict.scales:
+        yield "LoRA scale", Html("".join(tag("div", scale) for scale in verdict.scales))
     if verdict.files:
         signs = {
             True: tag("span", "holds", class_="good"),
@@ -125,7 +127,7 @@ def _errors(checks: Sequence[Check]) -> list[Html]:
     values = [check.relative for check in checks]
     narrow = [check.bfloat16 for check in checks if check.bfloat16 is not None]
     bounds = [check.allowed for check in checks if check.allowed > 0]
-    note = "Largest difference of the outputs over the largest output, in float32."
+    note = "Largest difference of the outputs over the largest output, in float32 arithmetic."
     failing = {check.name for check in checks if not check.holds}
     note += " A cross marks what is more than allowed." if failing else ""
     maps = _maps(checks, lambda check: check.relative, Scale.over([*values, *bounds]), bounds, failing)

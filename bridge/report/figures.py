@@ -145,7 +145,7 @@ def colour_key(
         axes.add_collection(PolyCollection(bars, facecolors=colours, lw=0))
         if allowed:
             place = scale.at(max(allowed))
-            axes.plot([place, place], [-0.25, 1.3], color=INK, lw=1.6, clip_on=False)
+            axes.plot([place, place], [0, 1.3], color=INK, lw=1.6, clip_on=False)
             _bound(axes, scale, allowed, 1.5)
         inside = axes.transAxes
         for shown, pixel, value, word in (
