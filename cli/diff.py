@@ -61,7 +61,12 @@ def diff(
 def _print(comparison: Comparison, *, only_changed: bool) -> None:
     say(f"a            {comparison.a}  {comparison.states[0]}")
     say(f"b            {comparison.b}  {comparison.states[1]}")
-    say(f"{comparison.model}: {len(comparison.changed)} of {len(comparison.differences)} weights differ")
+    say(
+        f"model        {comparison.model}: {len(comparison.changed)} of {len(comparison.differences)} weights differ"
+    )
+    narrowed = [d for d in comparison.changed if d.dtype_a != d.dtype_b]
+    if narrowed:
+        say(f"             {len(narrowed)} of these are of another dtype, which alone may be why")
     say("")
     families: defaultdict[str, list[Difference]] = defaultdict(list)
     for each in comparison.differences:
@@ -80,8 +85,8 @@ def _print(comparison: Comparison, *, only_changed: bool) -> None:
             (
                 group[0].leaf,
                 f"{sum(each.changed for each in group)}/{len(group)}",
-                f"{max(each.relative for each in group):.1e}",
-                f"{max(each.max_abs for each in group):.1e}",
+                _number(max(each.relative for each in group)),
+                _number(max(each.max_abs for each in group)),
                 ", ".join(dtypes),
                 {"both": "a, b"}.get(lora, lora),
             )
@@ -90,3 +95,7 @@ def _print(comparison: Comparison, *, only_changed: bool) -> None:
     for number, row in enumerate(rows):
         line = "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         say(click.style(line, dim=True) if number == 0 else line)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
