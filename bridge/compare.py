@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-
-import numpy as np
 
 from bridge.checkpoint import Checkpoint, weight_names
 from bridge.errors import Problem
+from bridge.gaps import Gap, Values, gap
 from bridge.inputs import Inputs
 from bridge.lora import compress, split
 from bridge.outputs import Output
 from bridge.peft import PREFIX, A
-from bridge.pieces import Done, LeafWeights, Piece
-from bridge.rule import Rule
+from bridge.pieces import Done
+from bridge.sides import Both, Side, walk
 from bridge.specs import FLOAT32
 from bridge.writers import AdapterWriter
 
@@ -58,75 +58,38 @@ def _weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def differences(
-    checkpoint: Checkpoint, reference: Checkpoint, progress: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 2,
 ) -> dict[str, float]:
     """Weights of a checkpoint (factors aside) that are not the reference's, and by how much.
 
+    Args:
+        checkpoint: the one whose weights are listed.
+        reference: another of the same dimensions: see :func:`misfits`.
+        progress: called with the bytes dealt with, and their total.
+        workers: leaves compared at once.
+
     Returns:
         openpi's name of every weight that differs -> the norm of the difference over the norm of
-        the reference. Streams both; holds one weight of each.
+        the reference. Streams both; each worker holds one weight of each.
     """
-    found: dict[str, float] = {}
-    total = sum(
-        checkpoint.source.specs[checkpoint.stored[rule.leaf]].nbytes for rule in checkpoint.model.rules
-    )
-    count = 0
-    for part in checkpoint.model.parts:
-        sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
-        for rule in part.rules:
-            names = dict(weight_names(rule, sizes))
-            squares: dict[str, list[float]] = {}
-            ours = LeafWeights("source", checkpoint.stored[rule.leaf]).pieces(
-                rule, {"source": checkpoint.source}, Done(), None
-            )
-            for piece in ours:
-                name = names[piece.index]
-                theirs = _same_piece(reference, rule, sizes, name, piece)
-                if theirs is None or theirs.shape != piece.w.shape:
-                    squares[name] = [float("inf"), 1.0]
-                    continue
-                if piece.w.dtype == theirs.dtype and piece.w.tobytes() == theirs.tobytes():
-                    continue
-                wide, ref = piece.w.astype(np.float64), theirs.astype(np.float64)
-                gap, norm = float(((wide - ref) ** 2).sum()), float((ref**2).sum())
-                if gap:
-                    before = squares.setdefault(name, [0.0, 0.0])
-                    before[0] += gap
-                    before[1] += norm
-            found |= {
-                name: float(np.sqrt(gap / norm)) if norm else float("inf")
-                for name, (gap, norm) in squares.items()
-            }
-            count += checkpoint.source.specs[checkpoint.stored[rule.leaf]].nbytes
-            if progress is not None:
-                progress(count, total)
-    return found
+    sides = Side(Inputs(reference), None), Side(Inputs(checkpoint), None)
+    squares: dict[str, list[float]] = {}
+    for name, found in walk(*sides, _named_gap, workers=workers, progress=progress).looks:
+        sums = squares.setdefault(name, [0.0, 0.0, 0.0])
+        for number, more in enumerate((found.largest, found.squares, found.norm)):
+            sums[number] += more
+    return {
+        name: math.sqrt(gap / norm) if norm else math.inf
+        for name, (largest, gap, norm) in squares.items()
+        if largest != 0
+    }
 
 
-def _same_piece(
-    reference: Checkpoint, rule: Rule, sizes: dict[str, int], name: str, piece: Piece
-) -> np.ndarray | None:
-    """The reference's values of a piece, in the leaf's axes."""
-    equation = rule.equation
-    if reference.layout is None:
-        stored = reference.stored[rule.leaf]
-        if not equation.placeholders:
-            rows = slice(piece.start, piece.start + len(piece.w)) if equation.streams else None
-            return next(one for _, one in equation.slices(reference.source.read(stored, rows)))
-        if equation.left[0] not in equation.placeholders:
-            return dict(equation.slices(reference.source.read(stored)))[piece.index]
-        leaf = reference.source.read(stored, slice(piece.index[0], piece.index[0] + 1))
-        return dict(equation.slices(leaf))[(0, *piece.index[1:])]
-    if name not in reference.stored:
-        return None
-    stored = reference.stored[name]
-    shape = reference.source.specs[stored].shape
-    if shape != equation.weight_shape(sizes):
-        return None
-    if equation.streams and not equation.placeholders:
-        rows = slice(piece.start, piece.start + len(piece.w))
-        return reference.source.read(stored, rows)
-    return equation.restore(reference.source.read(stored), sizes)
+def _named_gap(both: Both) -> tuple[str, Gap]:
+    return both.name, gap(Values(both.a.w), Values(both.b.w))
 
 
 def compression_errors(inputs: Inputs, adapter: Output) -> dict[str, float]:

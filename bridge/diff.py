@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from bridge.lora import join, singular_values, split
-from bridge.pieces import Factors
-from bridge.sides import Both, Held, counter, open_side, same_model, walk
+from bridge.checks import values
+from bridge.gaps import gap
+from bridge.lora import singular_values, split
+from bridge.sides import Both, Held, open_side, same_model, walk
 from bridge.specs import FLOAT32
-from bridge.step import folded
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def diff(
     base: str | Path | None = None,
     lora_alpha: Mapping[str, float] | None = None,
     rslora: bool = False,
+    workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare the effective weights of two checkpoints.
@@ -108,6 +109,7 @@ def diff(
         base: what an adapter among the two applies to.
         lora_alpha: alpha by expert, where LoRA of other than stock ranks is among the two.
         rslora: the run used rank-stabilised LoRA.
+        workers: leaves compared at once; the numbers do not depend on it.
         progress: called with the bytes dealt with, and their total.
 
     Raises:
@@ -119,8 +121,7 @@ def diff(
     sides = open_side(a, base, alphas, root), open_side(b, base, alphas, root)
     model = same_model(*sides)
     found: dict[str, Difference] = {}
-    for both in walk(*sides, counter(sides, progress)):
-        one = _difference(both)
+    for one in walk(*sides, _difference, workers=workers, progress=progress).looks:
         before = found.get(one.name)
         found[one.name] = one if before is None else _together(before, one)
     return Comparison(
@@ -133,7 +134,7 @@ def diff(
 
 
 def _difference(both: Both) -> Difference:
-    gap, norm, largest = _gap(both)
+    found = gap(values(both, both.a), values(both, both.b))
     held = both.b if both.b.has_factors else both.a
     carries = (both.a.has_factors, both.b.has_factors)
     return Difference(
@@ -143,9 +144,9 @@ def _difference(both: Both) -> Difference:
         both.index,
         both.a.w.dtype.name,
         both.b.w.dtype.name,
-        gap,
-        norm,
-        largest,
+        math.sqrt(found.squares),
+        math.sqrt(found.norm),
+        found.largest,
         {(True, True): "both", (True, False): "a", (False, True): "b"}.get(carries, ""),
         _spectrum(both, held) if held.has_factors else (),
     )
@@ -156,27 +157,6 @@ def _together(a: Difference, b: Difference) -> Difference:
     return replace(
         a, gap=math.hypot(a.gap, b.gap), norm=math.hypot(a.norm, b.norm), max_abs=max(a.max_abs, b.max_abs)
     )
-
-
-def _gap(both: Both) -> tuple[float, float, float]:
-    """Norms of b - a and of a, and the largest difference."""
-    a, b = effective(both, both.a), effective(both, both.b)
-    gap = b - a
-    return float(np.linalg.norm(gap)), float(np.linalg.norm(a)), float(np.abs(gap).max(initial=0))
-
-
-def effective(both: Both, held: Held) -> np.ndarray:
-    """The weight a side computes with, in the leaf's axes, float32."""
-    factors = _factors(both, held)
-    return held.w.astype(FLOAT32) if factors is None else folded(both.rule, held.w, factors)
-
-
-def _factors(both: Both, held: Held) -> Factors | None:
-    if held.matrices is None:
-        return held.factors
-    one = both.rule.equation.one
-    sizes = dict(zip(one.left, held.w.shape, strict=True))
-    return Factors(*join(one, held.matrices.a, held.matrices.b, sizes), held.matrices.scale)
 
 
 def _spectrum(both: Both, held: Held) -> tuple[float, ...]:

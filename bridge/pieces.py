@@ -281,25 +281,39 @@ def pieces(
 ) -> Iterator[Piece]:
     """Weights put together from their regions: whole, or in runs of whole rows where a leaf is one
     weight that streams (an embedding). A piece is valid until the next.
+
+    Its axes lie in memory in the order in which they are stored, so that putting it together
+    transposes nothing.
     """
     equation = rule.equation
     one = equation.one
     full = tuple(sizes[axis] for axis in one.left)
     in_rows = equation.streams and not equation.placeholders
     building: dict[Index, tuple[np.ndarray, list[int]]] = {}
+    spare: list[np.ndarray] = []
     for region in weights.regions(rule, sources, done, tick):
         shape = region.w.shape
         if shape == full or (in_rows and shape[1:] == full[1:]):
             yield Piece(region.index, region.at[0] if region.at else 0, region.w)
             continue
         if region.index not in building:
-            building[region.index] = (np.empty(full, region.w.dtype), [math.prod(full)])
+            fits = spare.pop() if spare and spare[-1].dtype == region.w.dtype else None
+            whole_one = _empty_like(region.w, full) if fits is None else fits
+            building[region.index] = (whole_one, [math.prod(full)])
         whole_one, left = building[region.index]
         whole_one[box(region.at, shape)] = region.w
         left[0] -= region.w.size
         if not left[0]:
             del building[region.index]
             yield Piece(region.index, 0, whole_one)
+            spare.append(whole_one)
+
+
+def _empty_like(w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised array of a shape, its axes in memory in the order that those of ``w`` have."""
+    order = sorted(range(w.ndim), key=lambda axis: (-abs(w.strides[axis]), axis))
+    stored: np.ndarray = np.empty([shape[axis] for axis in order], w.dtype)
+    return stored.transpose([order.index(axis) for axis in range(w.ndim)])
 
 
 def whole(source: Source, read: Read, done: Done, tick: Tick | None) -> np.ndarray:

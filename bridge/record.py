@@ -109,8 +109,15 @@ def read_record(root: Location) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def check_record(source: Source) -> tuple[dict[str, bool], list[Problem]]:
-    """Every checksum in a ``bridge.json``: tensors one by one, and the files beside them."""
+def check_record(
+    source: Source, known: Mapping[str, str] | None = None
+) -> tuple[dict[str, bool], list[Problem]]:
+    """Every checksum in a ``bridge.json``: tensors one by one, and the files beside them.
+
+    Args:
+        source: the checkpoint beside which the record lies.
+        known: checksums of arrays that were read already; the others are read here.
+    """
     record = read_record(source.root)
     tensors, files = record.get("tensors"), record.get("files")
     if not isinstance(tensors, dict) or not isinstance(files, dict):
@@ -122,14 +129,12 @@ def check_record(source: Source) -> tuple[dict[str, bool], list[Problem]]:
             continue
         if described.get("checksum") == "zeros":
             continue
-        digest = xxhash.xxh3_128()
         try:
-            for _, values in source.slabs(name):
-                digest.update(raw(values))
+            checksum = (known or {}).get(name) or _checksum(source, name)
         except SourceRefused as refused:
             problems += refused.problems
             continue
-        if digest.hexdigest() != described.get("checksum"):
+        if checksum != described.get("checksum"):
             problems.append(
                 Problem(
                     f"{source.root}: {name} is not what was written: its checksum differs",
@@ -167,6 +172,13 @@ def check_whole(root: Location) -> list[Problem]:
         if not (root / where / RECORD).is_file():
             problems.append(Problem(f"{root / where / RECORD} is missing", "restore it, or convert again"))
     return problems
+
+
+def _checksum(source: Source, name: str) -> str:
+    digest = xxhash.xxh3_128()
+    for _, values in source.slabs(name):
+        digest.update(raw(values))
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -2,16 +2,21 @@
 
 A side is a checkpoint, or an adapter on its base. Walking gives, for every weight, what each side
 holds of it: the values, and LoRA factors where they are unmerged. Both are streamed; one weight
-of each is in memory (a run of rows, for an embedding).
+of each is in memory (a run of rows, for an embedding) for every worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.axes import Index
@@ -20,9 +25,17 @@ from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
 from bridge.model import Model, Part
-from bridge.pieces import Done, Factors, Matrices, ModuleFactors, Piece
+from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
 from bridge.rule import Rule
 from bridge.scales import Scale, scales
+from bridge.schedule import Load, schedule
+
+T = TypeVar("T")
+
+#: bytes that the weights in memory at once may take, where one alone does not need more
+BUDGET = 700 << 20
+#: what looking at one weight takes beside it
+SCRATCH = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -149,72 +162,203 @@ def same_model(a: Side, b: Side) -> Model:
     return model
 
 
-def walk(a: Side, b: Side, tick: Callable[[int], None] | None = None) -> Iterator[Both]:
-    """Every weight on both sides, in the order of the model's rules."""
+@dataclass(frozen=True)
+class Walked(Generic[T]):
+    """What a walk over two sides found."""
+
+    looks: tuple[T, ...]
+    """What was seen of every weight (every run of rows), in the order of the model's rules."""
+    read: tuple[Mapping[Read, str], Mapping[Read, str]]
+    """For each side: checksum of every array it read."""
+    problems: tuple[Problem, ...]
+    """Tied weights of a side that are stored twice and differ."""
+
+
+def walk(
+    a: Side,
+    b: Side,
+    look: Callable[[Both], T],
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Walked[T]:
+    """Look at every weight on both sides.
+
+    Rules are independent: several are walked at once, each in one thread, and what is found does
+    not depend on how many.
+
+    Args:
+        a: one side.
+        b: the other.
+        look: called with a weight as both sides hold it, valid during the call; from any thread.
+        workers: rules at once.
+        progress: called with the bytes of weights looked at, and their total, on both sides.
+
+    Raises:
+        Refusal: a side cannot be read, or they are not of one model.
+    """
     model = same_model(a, b)
     sizes = {**a.inputs.weights.sizes, **b.inputs.weights.sizes}
     # without a pytree on either side nothing tells heads apart, and nothing needs to
     flat = not (a.is_jax or b.is_jax)
-    for part in model.parts:
-        local = model.local_sizes(part.name, sizes)
-        for rule in part.rules:
-            used = rule.flat if flat else rule
-            names = dict(weight_names(rule, {axis: local[axis] for axis in rule.equation.placeholders}))
-            sides = [_pieces(side, part, rule, local, flat=flat) for side in (a, b)]
-            for (piece_a, held_a), (_, held_b) in _aligned(sides[0], sides[1]):
-                yield Both(part, used, names[piece_a.index], piece_a.index, piece_a.start, held_a, held_b)
-                if tick is not None:
-                    tick(held_a.w.nbytes + held_b.w.nbytes)
+    errands = [
+        _Errand(a, b, part, rule, model.local_sizes(part.name, sizes), flat)
+        for part in model.parts
+        for rule in part.rules
+    ]
+    loads = [errand.load for errand in errands]
+    ticker = _Ticker(sum(load.work for load in loads), progress)
+    # a worker is a thread already: threads of the linear algebra's own would only wait for each other
+    blas = threadpool_limits(1, user_api="blas")
+    with blas, ThreadPoolExecutor(workers, thread_name_prefix="bridge") as threads:
+        try:
+            ended = schedule(
+                lambda number: threads.submit(_run, errands[number], look, ticker),
+                loads,
+                workers=workers,
+                budget=BUDGET,
+            )
+        finally:
+            # on an error, errands under way end at their next weight
+            ticker.stopped.set()
+    done = [pair for _, pair in ended]
+    return Walked(
+        tuple(one for looks, _ in ended for one in looks),
+        (
+            {k: v for first, _ in done for k, v in first.read.items()},
+            {k: v for _, second in done for k, v in second.read.items()},
+        ),
+        tuple(problem for pair in done for each in pair for problem in each.problems),
+    )
 
 
-def counter(sides: Iterable[Side], progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """A tick for :func:`walk` that passes on the bytes dealt with so far, and their total."""
-    total = sum(spec.nbytes for side in sides for spec in side.inputs.weights.source.specs.values())
-    count = 0
+@dataclass(frozen=True)
+class _Errand:
+    """One rule's weights on both sides."""
 
-    def tick(seen: int) -> None:
-        nonlocal count
-        count += seen
-        if progress is not None:
-            progress(min(count, total), total)
+    a: Side
+    b: Side
+    part: Part
+    rule: Rule
+    sizes: dict[str, int]
+    flat: bool
 
-    return tick
+    @property
+    def load(self) -> Load:
+        found = [_load(side, self.rule, self.sizes, flat=self.flat) for side in (self.a, self.b)]
+        return Load(sum(load.work for load in found), sum(load.memory for load in found) + SCRATCH)
+
+    def weights(self, done: tuple[Done, Done]) -> Iterator[Both]:
+        """Every weight as both sides hold it, valid until the next."""
+        rule = self.rule.flat if self.flat else self.rule
+        names = dict(
+            weight_names(self.rule, {axis: self.sizes[axis] for axis in self.rule.equation.placeholders})
+        )
+        sides = [
+            _pieces(side, self.part, self.rule, self.sizes, each, flat=self.flat)
+            for side, each in zip((self.a, self.b), done, strict=True)
+        ]
+        for (piece, held_a), (_, held_b) in _aligned(*sides):
+            yield Both(self.part, rule, names[piece.index], piece.index, piece.start, held_a, held_b)
+
+
+def _run(errand: _Errand, look: Callable[[Both], T], ticker: _Ticker) -> tuple[list[T], tuple[Done, Done]]:
+    done = Done(), Done()
+    looks = []
+    for both in errand.weights(done):
+        looks.append(look(both))
+        ticker.add(both.a.w.nbytes + both.b.w.nbytes)
+    return looks, done
+
+
+class _Ticker:
+    """Adds up bytes from several threads, and passes the sum on."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.stopped = threading.Event()
+        self._total, self._progress = total, progress
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, seen: int) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+        with self._lock:
+            self._count += seen
+            if self._progress is not None:
+                self._progress(min(self._count, self._total), self._total)
+
+
+class _Stopped(Exception):
+    """Raised inside an errand that is not needed any more."""
+
+
+def _load(side: Side, rule: Rule, sizes: dict[str, int], *, flat: bool) -> Load:
+    """What walking a rule's weights costs on one side."""
+    weights, used, local = weights_reader(side.inputs, rule, sizes, flat=flat)
+    specs = {read: side.inputs.spec(read) for read in weights.reads}
+    equation = used.equation
+    one = math.prod(local[axis] for axis in equation.one.left) * max(
+        spec.dtype.itemsize for spec in specs.values()
+    )
+    if equation.streams and not equation.placeholders:
+        one = 0  # its rows are looked at as they are read
+    elif side.is_jax and equation.left[: len(equation.placeholders)] != equation.placeholders:
+        # no weight is whole before the end of the leaf
+        one *= math.prod(local[axis] for axis in equation.placeholders)
+    memory = one + max(side.inputs.sources[key].buffered_bytes(name) for key, name in specs)
+    names = dict(weight_names(used, {axis: local[axis] for axis in used.equation.placeholders}))
+    reader = factor_reader(side.inputs, used, names, local, None)
+    if isinstance(reader, LeafFactors) and side.scales is not None:
+        memory += sum(side.inputs.spec(read).nbytes for read in reader.reads)
+    return Load(sum(each.nbytes for each in specs.values()), memory)
 
 
 Pieces = Iterator[tuple[Piece, Held]]
 
 
-def _pieces(side: Side, part: Part, rule: Rule, sizes: dict[str, int], *, flat: bool) -> Pieces:
+def _pieces(side: Side, part: Part, rule: Rule, sizes: dict[str, int], done: Done, *, flat: bool) -> Pieces:
     weights, used, local = weights_reader(side.inputs, rule, sizes, flat=flat)
     names = dict(weight_names(used, local))
     reader = factor_reader(side.inputs, used, names, local, (side.scales or {}).get(part.name))
-    sources, done = side.inputs.sources, Done()
+    sources = side.inputs.sources
+    modules = reader if isinstance(reader, ModuleFactors) else None
     factors_at = None
-    if reader is not None and not isinstance(reader, ModuleFactors) and side.scales is not None:
+    if isinstance(reader, LeafFactors) and side.scales is not None:
         factors_at = reader.open(used, sources, done, None)
-    for piece in weights.pieces(used, sources, done, None):
+    runs = used.equation.streams and not used.equation.placeholders
+    matrices: Matrices | None = None
+    for number, piece in enumerate(weights.pieces(used, sources, done, None)):
         factors = factors_at(piece.index) if factors_at is not None else None
-        matrices = (
-            reader.matrices(piece.index, sources, done, None) if isinstance(reader, ModuleFactors) else None
-        )
-        yield piece, Held(piece.w, factors, matrices)
+        if modules is not None and (number == 0 or not runs):
+            matrices = modules.matrices(piece.index, sources, done, None)
+        rows = slice(piece.start, piece.start + len(piece.w)) if runs else slice(None)
+        yield piece, Held(piece.w, factors, _rows(matrices, rows))
 
 
 def _aligned(a: Pieces, b: Pieces) -> Iterator[tuple[tuple[Piece, Held], tuple[Piece, Held]]]:
     """Pair pieces of the same weight; runs of rows are cut to the same length on both sides."""
     left, right = next(a, None), next(b, None)
     while left is not None and right is not None:
-        rows = min(len(left[1].w), len(right[1].w)) if left[1].w.ndim else 0
         if left[1].w.shape == right[1].w.shape:
             yield left, right
             left, right = next(a, None), next(b, None)
             continue
+        rows = min(len(left[1].w), len(right[1].w))
         yield _cut(left, 0, rows), _cut(right, 0, rows)
         left = _cut(left, rows, None) if len(left[1].w) > rows else next(a, None)
         right = _cut(right, rows, None) if len(right[1].w) > rows else next(b, None)
+    if left is not None or right is not None:
+        raise ValueError("one side has more weights of a rule than the other")
 
 
 def _cut(pair: tuple[Piece, Held], first: int, stop: int | None) -> tuple[Piece, Held]:
     piece, held = pair
-    w = held.w[first:stop]
-    return Piece(piece.index, piece.start + first, w), Held(w, held.factors, held.matrices)
+    rows = slice(first, stop)
+    w = held.w[rows]
+    return Piece(piece.index, piece.start + first, w), Held(w, held.factors, _rows(held.matrices, rows))
+
+
+def _rows(matrices: Matrices | None, rows: slice) -> Matrices | None:
+    """An adapter's factors of a run of the weight's rows."""
+    return None if matrices is None else Matrices(matrices.a, matrices.b[rows], matrices.scale)

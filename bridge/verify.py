@@ -3,7 +3,7 @@
 Every weight that a runtime applies by an einsum is run on random inputs by openpi's equations in
 jax from the source's leaves, and by ``linear`` (and PEFT's formula) in torch from the
 destination's tensors. Every other weight must be equal after the cast. Nothing goes unchecked:
-the count says so. Both sides are streamed.
+the count says so. Both sides are streamed, several leaves at once.
 """
 
 from __future__ import annotations
@@ -11,53 +11,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge.assets import read_assets
 from bridge.checkpoint import open_source
+from bridge.checks import EPSILON, Check, Checker
 from bridge.errors import Problem, Refusal
 from bridge.formats.location import Location
-from bridge.lora import join
-from bridge.pieces import Factors
 from bridge.publish import RECORD
 from bridge.recognise import optional_weights
 from bridge.record import check_record, check_whole, read_record
-from bridge.runtimes import jax_forward, random_input, torch_forward
-from bridge.sides import Both, Held, Side, counter, open_side, same_model, walk
-from bridge.specs import BFLOAT16, FLOAT16, FLOAT32, raw
-from bridge.step import folded
-
-TOKENS = 5
-#: rounding of one product-sum, in units of the dtype's epsilon, grows with the root of its length
-EPSILON = {FLOAT32: 2.0**-23, BFLOAT16: 2.0**-8, FLOAT16: 2.0**-11}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One weight, checked."""
-
-    name: str
-    part: str
-    leaf: str
-    kind: str
-    """``"runtime"`` or ``"equal"``."""
-    index: tuple[int, ...]
-    max_abs: float
-    mean_abs: float
-    relative: float
-    """Largest difference over the largest expected value."""
-    allowed: float
-    """Largest relative difference allowed; 0 for equality."""
-    bfloat16: float | None = None
-    """Relative difference when both runtimes compute in bfloat16, as policies run."""
-
-    @property
-    def holds(self) -> bool:
-        return bool(self.relative <= self.allowed)
+from bridge.runtimes import runtimes
+from bridge.sides import Side, open_side, same_model, walk
+from bridge.specs import FLOAT32
 
 
 @dataclass(frozen=True)
@@ -114,6 +83,7 @@ def verify(
     rslora: bool = False,
     rtol: float | None = None,
     seed: int = 0,
+    workers: int = 2,
     reference: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
@@ -127,7 +97,8 @@ def verify(
             ``bridge.json`` of the destination says it.
         rslora: the run used rank-stabilised LoRA.
         rtol: allowed relative difference of a runtime check; from dtypes and sizes by default.
-        seed: of the random inputs.
+        seed: of the random inputs; every weight has its own, from its name.
+        workers: leaves checked at once; the numbers do not depend on it.
         reference: an ``.npz`` of an observation, noise and the actions openpi sampled for it; the
             destination is run on it by stock transformers (pi0).
 
@@ -143,10 +114,11 @@ def verify(
         from bridge.full_model import refuse_unless_runnable
 
         refuse_unless_runnable(dst, b)
-    generator = np.random.default_rng(seed)
+    checker = Checker(a, b, rtol, seed)
+    with runtimes() if checker.needs_runtimes else nullcontext():
+        walked = walk(a, b, checker, workers=workers, progress=progress)
     merged: dict[str, Check] = {}
-    for both in walk(a, b, counter((a, b), progress)):
-        check = _check(a, b, both, rtol, generator)
+    for check in walked.looks:
         before = merged.get(check.name)
         merged[check.name] = check if before is None else _worse(before, check)
     problems = [
@@ -154,10 +126,12 @@ def verify(
         for check in sorted(merged.values(), key=_badness, reverse=True)
         if not check.holds
     ]
+    problems += walked.problems
     files: dict[str, bool] = {}
-    for side in (a, b):
-        for checkpoint in side.inputs.checkpoints.values():
-            found, trouble = check_record(checkpoint.source)
+    for side, read in zip((a, b), walked.read, strict=True):
+        for key, checkpoint in side.inputs.checkpoints.items():
+            known = {name: checksum for (which, name), checksum in read.items() if which == key}
+            found, trouble = check_record(checkpoint.source, known)
             files |= found
             problems += trouble
     found, trouble = _asset_checks(a, b)
@@ -190,119 +164,6 @@ def _unused(side: Side) -> dict[str, str]:
     compared = set(checkpoint.stored.values())
     reasons = optional_weights(checkpoint.model, checkpoint.layout)
     return {name: reasons[name] for name in checkpoint.source.specs if name not in compared}
-
-
-def _check(a: Side, b: Side, both: Both, rtol: float | None, generator: np.random.Generator) -> Check:
-    folded = _is_folded(both)
-    if not folded:
-        # the same weight on both sides: whatever runs it, its values must be equal
-        equal = _equality(both, rtol or 0.0)
-        unmerged = both.a.has_factors or both.b.has_factors
-        if not equal.holds or both.rule.runtime is None or (a.is_jax == b.is_jax and not unmerged):
-            return equal
-    return _runtime(a, b, both, rtol, generator)
-
-
-def _is_folded(both: Both) -> bool:
-    """Whether one side holds the weight with its factors summed in, and the other beside it."""
-    return both.a.has_factors != both.b.has_factors
-
-
-def _runtime(a: Side, b: Side, both: Both, rtol: float | None, generator: np.random.Generator) -> Check:
-    equation = both.rule.runtime
-    one = both.rule.equation.one
-    if not (a.is_jax or b.is_jax):
-        # two PyTorch forms: read flat, (in, out)
-        x = generator.standard_normal((1, TOKENS, both.a.w.shape[0]), dtype=np.float32)
-    else:
-        assert equation is not None
-        x = random_input(equation, both.a.w, TOKENS, generator)
-
-    def run(side: Side, held: Held, dtype: str) -> np.ndarray:
-        if side.is_jax and held.matrices is None and equation is not None:
-            return jax_forward(equation, x, held, dtype).reshape(1, TOKENS, -1)
-        return torch_forward(one, x, held, dtype)
-
-    expected, actual = run(a, both.a, "float32"), run(b, both.b, "float32")
-    scale = float(np.abs(expected).max()) or 1.0
-    gap = np.abs(actual - expected)
-    narrow_a, narrow_b = run(a, both.a, "bfloat16"), run(b, both.b, "bfloat16")
-    largest = float(gap.max()) if np.isfinite(gap).all() else float("inf")
-    relative, allowed = largest / scale, rtol if rtol is not None else _allowed(both, x)
-    if _is_folded(both):
-        entry, limit = _entries(both)
-        limit = limit if rtol is None else rtol
-        # one wrong entry of a large weight moves an output by little: the entries are held as well
-        if not entry <= limit and relative <= allowed:
-            relative, allowed = entry, limit
-    return Check(
-        both.name,
-        both.part.name,
-        both.rule.leaf,
-        "runtime",
-        both.index,
-        largest,
-        float(gap.mean()),
-        relative,
-        allowed,
-        float(np.abs(narrow_b - narrow_a).max()) / scale,
-    )
-
-
-def _allowed(both: Both, x: np.ndarray) -> float:
-    """What rounding alone can make of a difference: sums in float32, and weights that were cast."""
-    sums = EPSILON[FLOAT32] * (8 + 0.5 * (x.size // TOKENS) ** 0.5)
-    if _is_folded(both):
-        rounded = EPSILON[(both.b if both.a.has_factors else both.a).w.dtype]
-    else:
-        dtypes = {both.a.w.dtype, both.b.w.dtype}
-        rounded = max(EPSILON[dtype] for dtype in dtypes) if len(dtypes) > 1 else 0.0
-    return float(sums + (rounded if rounded > EPSILON[FLOAT32] else 0.0))
-
-
-def _entries(both: Both) -> tuple[float, float]:
-    """Largest difference of a folded weight's entries, over its largest entry; and what rounding allows."""
-    apart, merged = (both.a, both.b) if both.a.has_factors else (both.b, both.a)
-    factors = apart.factors
-    if factors is None:
-        assert apart.matrices is not None
-        one = both.rule.equation.one
-        sizes = dict(zip(one.left, apart.w.shape, strict=True))
-        factors = Factors(*join(one, apart.matrices.a, apart.matrices.b, sizes), apart.matrices.scale)
-    expected = folded(both.rule, apart.w, factors)
-    gap = float(np.abs(expected - merged.w.astype(FLOAT32)).max())
-    limit = EPSILON[merged.w.dtype] + 8 * EPSILON[FLOAT32]
-    return gap / (float(np.abs(expected).max()) or 1.0), limit
-
-
-def _equality(both: Both, allowed: float) -> Check:
-    """Equal after the declared cast: the wider side, cast to the narrower's dtype, is it bit for bit."""
-    a, b = both.a.w, both.b.w
-    narrow = min((a.dtype, b.dtype), key=lambda dtype: (dtype.itemsize, dtype.name))
-    if _widened(a, b):
-        narrow = b.dtype
-    cast_a, cast_b = (each.astype(narrow, copy=False) for each in (a, b))
-    gap = 0.0
-    mean = relative = 0.0
-    if raw(cast_a) != raw(cast_b):
-        wide_a, wide_b = cast_a.astype(np.float64), cast_b.astype(np.float64)
-        differences = np.abs(wide_a - wide_b)
-        gap = float(differences.max()) if np.isfinite(differences).all() else float("inf")
-        mean = float(differences.mean())
-        relative = max(gap / (float(np.abs(wide_a).max()) or 1.0), 1e-300)
-    return Check(both.name, both.part.name, both.rule.leaf, "equal", both.index, gap, mean, relative, allowed)
-
-
-def _widened(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether ``b`` was made from ``a`` by widening, and not ``a`` from ``b`` by rounding.
-
-    Then it holds no bits beyond ``a``'s: few entries that have some are faults, and most of them
-    are what was rounded.
-    """
-    if b.dtype.itemsize <= a.dtype.itemsize:
-        return False
-    beyond = np.count_nonzero(a.astype(b.dtype) != b)
-    return bool(2 * beyond < np.count_nonzero(b))
 
 
 def _worse(a: Check, b: Check) -> Check:
@@ -408,3 +269,6 @@ def _verify_record(path: str | Path) -> Verdict:
 
 def _failed(root: Location, problems: Iterable[Problem]) -> Verdict:
     return Verdict(str(root), str(root), "unknown", (), {str(root / RECORD): False}, tuple(problems))
+
+
+__all__ = ["Check", "Verdict", "alphas_for", "verify"]

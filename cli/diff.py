@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="PATH", help="Weights that an adapter among the two applies to.")
 @lora
 @click.option("--only", type=click.Choice(["changed"]), help="Leave out weights that are equal.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Leaves compared at once."
+)
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
 @common
 def diff(
@@ -31,6 +34,7 @@ def diff(
     lora_alpha: dict[str, float],
     rslora: bool,
     only: str | None,
+    workers: int,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -42,7 +46,15 @@ def diff(
     from bridge.diff import diff as compare
 
     with progress("comparing", quiet=as_json) as show:
-        comparison = compare(a, b, base=base, lora_alpha=lora_alpha or None, rslora=rslora, progress=show)
+        comparison = compare(
+            a,
+            b,
+            base=base,
+            lora_alpha=lora_alpha or None,
+            rslora=rslora,
+            workers=workers,
+            progress=show,
+        )
     if report is not None:
         from bridge.report import diff_report
 

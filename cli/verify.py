@@ -30,6 +30,9 @@ SHOWN = 12
 @click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
 @click.option("--full-model", is_flag=True, help="Also sample actions with stock transformers (pi0).")
 @click.option("--reference", type=click.Path(exists=True, dir_okay=False), help="Recorded actions, an .npz.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Leaves checked at once."
+)
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
 @common
 def verify(
@@ -42,6 +45,7 @@ def verify(
     seed: int,
     full_model: bool,
     reference: str | None,
+    workers: int,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -66,6 +70,7 @@ def verify(
             rslora=rslora,
             rtol=rtol,
             seed=seed,
+            workers=workers,
             reference=reference,
             progress=show,
         )
