@@ -18,12 +18,11 @@ import xxhash
 from bridge.axes import Index
 from bridge.errors import Problem
 from bridge.formats import Sink, Spent
-from bridge.lora import FactorAxes, delta, factor_axes, split
+from bridge.lora import split
 from bridge.names import grouped
 from bridge.pieces import (
     Done,
     FactorReader,
-    Factors,
     LeafFactors,
     Matrices,
     ModuleFactors,
@@ -198,21 +197,6 @@ def _write_factors(
     for name, leaf in ((writer.a, leaf_a), (writer.b, leaf_b)):
         sink.write(name, leaf)
         yield name, leaf
-
-
-def folded(rule: Rule, w: np.ndarray, factors: Factors) -> np.ndarray:
-    """w + scale * (a b), in float32 whatever the stored dtypes: rounding comes once, at the end."""
-    axes = factor_axes(rule.equation.one)
-    # what does not fit float32 is found in the result, and reported as every other overflow
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _sum(axes, w, factors)
-
-
-def _sum(axes: FactorAxes, w: np.ndarray, factors: Factors) -> np.ndarray:
-    product = delta(axes, factors.a.astype(FLOAT32, copy=False), factors.b.astype(FLOAT32, copy=False))
-    product *= np.float32(factors.scale)
-    product += w
-    return product
 
 
 class _Faults:
