@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     shutil.rmtree(root)
 
 
-def chosen(found: list[tuple[str, int]], fault: str) -> list[tuple[str, int]]:
+def chosen(found: list[tuple[str, int]], fault: str, *, few: bool) -> list[tuple[str, int]]:
     """The calls to fail: all of them, or of each kind a few spread over the run, first and last among them."""
     able = [(call, number) for call, number in found if fault != NO_SPACE or call in SPENDS]
     if EXHAUSTIVE:
@@ -99,7 +99,11 @@ def chosen(found: list[tuple[str, int]], fault: str) -> list[tuple[str, int]]:
     for call in {call: None for call, _ in able}:
         numbers = [number for of, number in able if of == call]
         first, middle, last = numbers[0], numbers[len(numbers) // 2], numbers[-1]
-        some = {KILL: (first, middle, last), BROKEN: (first, last)}.get(fault, (middle,))
+        some = {KILL: (first, middle, last), BROKEN: (first, last), BROKEN_FOR_GOOD: (first,)}.get(
+            fault, (last,)
+        )
+        if few:
+            some = {KILL: (first, last), BROKEN: (middle,)}.get(fault, ())
         picked += [(call, each) for each in some]
     return list(dict.fromkeys(picked))
 
@@ -129,7 +133,7 @@ def test_old_whole_or_new_whole(place: Place, output: str, overwrite: bool, reco
     assert {"write", "fsync", "mkdir", "renameat2", "openat"} <= {call for call, _ in found}
     outcomes: Counter[str] = Counter()
     for fault in (KILL, NO_SPACE, BROKEN, BROKEN_FOR_GOOD):
-        for call, number in chosen(found, fault):
+        for call, number in chosen(found, fault, few=not overwrite):
             if not is_begun():
                 begin()
             case = f"{fault} at {call} number {number}"
