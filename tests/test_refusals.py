@@ -539,7 +539,7 @@ OUTPUTS = {
     "the source itself, to overwrite": Row(r"lies inside the source", damage=dst("run", "100", overwrite=True)),
     "below a file": Row(r"file is not a directory", damage=file_as_parent),
     "too long a name": Row(r"aaa", damage=dst("made", "a" * 300)),
-    "no space": Row(r"needs [\d.]+ kB, and 0 B are free", damage=full_disk),
+    "no space": Row(r"needs [\d.]+ kB, and 100 B are free", damage=full_disk),
     "not bridge's, to overwrite": Row(
         r"made/out exists and was not written by bridge",
         options(overwrite=True),
