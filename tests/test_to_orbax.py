@@ -15,7 +15,7 @@ import torch
 
 import bridge
 from bridge import writers
-from bridge.errors import Refusal, RouteRefused
+from bridge.errors import OutputRefused, Refusal, RouteRefused
 from bridge.formats import orbax_writing
 from bridge.formats.orbax_writing import OrbaxSink
 from tests import checkpoints, golden
@@ -568,7 +568,7 @@ def test_a_failure_midway_leaves_what_was_there(
         options["progress"], kind = stop, KeyboardInterrupt
     else:
         monkeypatch.setattr(OrbaxSink, "finish", lambda self: (_ for _ in ()).throw(OSError(28, "full")))
-        kind = OSError
+        kind = OutputRefused
     with pytest.raises(kind) as caught:
         bridge.convert(source, output, **options)
     if failure == "a value":

@@ -108,8 +108,9 @@ class Scene:
     options: list[str] = field(default_factory=lambda: ["--to", "torch-merged", "--overwrite"])
     prefix: list[str] = field(default_factory=list)
     """Commands that start the command: ``["prlimit", "--nofile=32"]``."""
-    limits: Callable[[], object] | None = None
-    """Called in the process before it becomes the command: ``os.umask``, ``os.setuid``."""
+    limits: str = ""
+    """Python that is run in the process before it becomes the command: ``os.umask(0o077)``. Not a function for
+    ``subprocess`` to call: a fork of a process that has threads may hang."""
     environment: dict[str, str] = field(default_factory=dict)
     process: bool = False
     """Run as a process of its own. Rows that set prefix, limits or environment need not say so."""
@@ -157,14 +158,15 @@ class Scene:
         return run_here(self.arguments())
 
     def _run_process(self) -> Ran:
+        become = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        begin = ["-c", f"import os, resource, sys; {self.limits}; {become}"] if self.limits else []
         process = subprocess.run(
-            [*self.prefix, sys.executable, BRIDGE, *self.arguments()],
+            [*self.prefix, sys.executable, *begin, BRIDGE, *self.arguments()],
             capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
             timeout=PATIENCE,
             env={**os.environ, **self.environment},
-            preexec_fn=self.limits,
             cwd=self.tmp,
         )
         return Ran(process.returncode, process.stdout, process.stderr)

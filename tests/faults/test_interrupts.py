@@ -144,10 +144,9 @@ def test_what_is_ignored_stays_ignored(step: Path, tmp_path: Path) -> None:
         "runner.run_steps = run_steps\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, step, tmp_path / "out"],
+        ["sh", "-c", """trap '' HUP; exec "$@\"""", "sh", sys.executable, "-c", code, step, tmp_path / "out"],
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "bridge.json").is_file()
