@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bridge.errors import Problem
-from bridge.publish import RECORD, replaceable
+from bridge.lock import check_lock
+from bridge.publish import RECORD, lock_file, replaceable
 from bridge.text import size
 
 
@@ -68,6 +69,7 @@ def check_destination(destination: Path, source: Path | None, *, overwrite: bool
         existing = existing.parent
     if long := _too_long(destination, existing):
         return [*problems, long]
+    problems += check_lock(lock_file(destination), destination)
     if os.path.lexists(destination):
         if not overwrite:
             problems.append(

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from bridge.errors import OutputRefused, Problem
 
 #: what file systems without locks say
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+TRIES = 3
 
 
 @contextlib.contextmanager
@@ -45,19 +48,32 @@ def locked(path: Path, destination: Path) -> Iterator[bool]:
             os.close(fd)
 
 
+def check_lock(path: Path, destination: Path) -> list[Problem]:
+    """Whether another run holds the lock now; it is not taken, and nothing is made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return []
+    try:
+        # shared, and let go of at once: who takes it in this instant tries again
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return [_taken(fd, destination)]
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+    return []
+
+
 def _acquire(path: Path, destination: Path) -> tuple[int, bool]:
     while True:
         fd, made = _open(path)
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(fd)
             except BlockingIOError:
-                raise OutputRefused(
-                    Problem(
-                        f"another bridge{_holder(fd)} is writing {destination}",
-                        "wait for it to end, or name another output",
-                    )
-                ) from None
+                raise OutputRefused(_taken(fd, destination)) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     if made:
@@ -72,6 +88,21 @@ def _acquire(path: Path, destination: Path) -> tuple[int, bool]:
             raise
         # its last holder removed it between our opening and locking it
         os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Raises BlockingIOError when it is held for longer than looking at it takes."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _taken(fd: int, destination: Path) -> Problem:
+    return Problem(
+        f"another bridge{_holder(fd)} is writing {destination}", "wait for it to end, or name another output"
+    )
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -50,7 +50,7 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
     written = False
     try:
         _make_parents(destination.parent, made)
-        with locked(destination.with_name(f"{_prefix(destination)}lock"), destination) as alone:
+        with locked(lock_file(destination), destination) as alone:
             if alone:
                 notes += sweep(destination)
             if os.path.lexists(destination) and not overwrite:
@@ -98,6 +98,11 @@ def sweep(destination: Path) -> list[str]:
         else:
             notes.append(_remove(path) or f"removed {path}, left over from a run that was killed (pid {pid})")
     return notes
+
+
+def lock_file(destination: Path) -> Path:
+    """Where the lock of an output is while a run writes it."""
+    return destination.with_name(f"{_prefix(destination)}lock")
 
 
 def _prefix(destination: Path) -> str:

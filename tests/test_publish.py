@@ -14,8 +14,8 @@ import pytest
 import bridge
 from bridge import lock, publish, renaming
 from bridge.errors import OutputRefused
-from bridge.lock import locked
-from bridge.publish import RECORD, _prefix, publishing, sweep
+from bridge.lock import check_lock, locked
+from bridge.publish import RECORD, _prefix, lock_file, publishing, sweep
 from tests import checkpoints
 
 
@@ -284,7 +284,7 @@ def leftover(out: Path, pid: int, tail: str = "") -> Path:
 def test_leftovers_of_a_killed_run_are_removed_and_said(tmp_path: Path) -> None:
     out = tmp_path / "out"
     paths = [leftover(out, DEAD), leftover(out, os.getpid())]
-    out.with_name(_prefix(out) + "lock").write_text(f"{DEAD} elsewhere\n")
+    lock_file(out).write_text(f"{DEAD} elsewhere\n")
     notes: list[str] = []
     with publishing(out, overwrite=False, notes=notes) as directory:
         fill(directory, "new")
@@ -420,9 +420,27 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["out", path.name])
 
 
+def test_looking_at_a_lock_does_not_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "lock", tmp_path / "out"
+    assert check_lock(path, out) == [] and not path.exists()
+    path.write_text(f"{DEAD} elsewhere\n")
+    assert check_lock(path, out) == []
+    with locked(path, out):
+        (problem,) = check_lock(path, out)
+        assert problem.cause == f"another bridge (pid {os.getpid()}) is writing {out}"
+    # one who takes it in the instant in which another looks
+    path.touch()
+    looking = os.open(path, os.O_RDONLY)
+    lock.fcntl.flock(looking, lock.fcntl.LOCK_SH)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: lock.fcntl.flock(looking, lock.fcntl.LOCK_UN))
+    with locked(path, out) as held:
+        assert held
+    os.close(looking)
+
+
 def test_a_lock_file_is_not_made_through_a_symlink(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.with_name(_prefix(out) + "lock").symlink_to(tmp_path / "elsewhere")
+    lock_file(out).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputRefused, match="symbolic links"):
         output(out)
     assert not (tmp_path / "elsewhere").exists()

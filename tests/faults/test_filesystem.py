@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from bridge.lock import locked
-from bridge.publish import _prefix
+from bridge.publish import lock_file
 from tests import checkpoints
 from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here, snapshot
 
@@ -358,7 +358,7 @@ def lock_held(scene: Scene) -> None:
     scene.process = True
 
     def run() -> Ran:
-        with locked(scene.dst.with_name(_prefix(scene.dst) + "lock"), scene.dst):
+        with locked(lock_file(scene.dst), scene.dst):
             return inner()
 
     scene.run = run  # type: ignore[method-assign]
