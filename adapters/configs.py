@@ -83,7 +83,8 @@ _FUSED = {"paligemma.group": "paligemma.head"}
 
 def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that a ``config.json`` tells, where it is one that transformers reads."""
-    if config.get("type") in lerobot.MODES and config.get("paligemma_variant") == "gemma_2b":
+    kind = config.get("type")
+    if isinstance(kind, str) and kind in lerobot.MODES and config.get("paligemma_variant") == "gemma_2b":
         return dict(lerobot.STOCK)
     found: dict[str, int] = {}
     for field, axis in DIMENSIONS.items():

@@ -95,6 +95,11 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
         for name, spec in source.specs.items()
         if spec.dtype.name not in WEIGHT_DTYPES
     ]
+    problems += [
+        Problem(f"{where}: {name} has shape {list(spec.shape)}, no element at all", RESAVE)
+        for name, spec in source.specs.items()
+        if spec.size == 0
+    ]
     return Checkpoint(
         source, adapter, found, layout, saved, False, {}, tuple(dict.fromkeys(problems)), modules
     )

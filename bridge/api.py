@@ -114,7 +114,8 @@ def load_torch(path: str | Path, **options: Any) -> dict[str, torch.Tensor]:
     if source.format == "torch":
         _no_options(source, options)
         state = {name: _tensor(source.read(name)) for name in source.specs}
-        return state | {alias: state[name] for alias, name in source.metadata.items() if _named(name, state)}
+        # a file's header may name an alias, and must not replace a tensor by it
+        return {alias: state[name] for alias, name in source.metadata.items() if _named(name, state)} | state
     planned = plan(path, None, to="torch-merged", **options)
     state = {name: _tensor(array) for name, array in _in_memory(planned).items()}
     state |= {alias: state[name] for alias, name in planned.output.header.items() if name in state}

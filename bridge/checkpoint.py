@@ -6,6 +6,7 @@ Everything is found from names and shapes. What is wrong is collected, not raise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from bridge import converters
 from bridge.errors import CheckpointRefused, Problem, SourceRefused
 from bridge.formats import Format, Source
 from bridge.formats.location import Location
+from bridge.formats.safetensors import MAX_TENSORS, pickle_problem
+from bridge.formats.torch import pickles
 from bridge.graph import State
 from bridge.model import Adapter, Layout, Model, Part
 from bridge.names import grouped
@@ -24,6 +27,9 @@ from bridge.rule import Rule
 from bridge.sizes import Seen, solve
 from bridge.specs import WEIGHT_DTYPES
 from bridge.tree import Tree, read_tree
+
+#: layers that may be missing below the highest before the number itself is taken for the fault
+MAX_GAP = 1000
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ def open_source(path: str | Path | Location, format: str | None = None) -> Sourc
             Problem(f"{location} looks like {names}", f"say which with --from {claiming[0].name}")
         )
     if not claiming:
+        if found := pickles(location):
+            raise SourceRefused(
+                pickle_problem(str(location if found[0] == location.name else location / found[0]))
+            )
         inside = ", ".join(location.names()[:6]) or "nothing"
         raise SourceRefused(
             Problem(
@@ -150,6 +160,7 @@ def _from_leaves(source: Source) -> Checkpoint:
                 seen += _seen(fit.model, part, zip(((a,) for a in axes), shape, strict=True), leaf)
     sizes, disagreements = solve(_with_choices(fit.model, seen), fit.model)
     problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
+    problems += _count_problems(source, fit.model, sizes)
     return Checkpoint(
         source, fit.adapter, fit.model, None, tree.stored, tree.value_suffix, sizes, tuple(problems)
     )
@@ -197,9 +208,18 @@ def _as_weights(source: Source, fit: Fit) -> Checkpoint:
         for axis in place.rule.template.numbered:
             counts.setdefault((place.part.name, axis), set()).add(place.at[axis])
     for (part, axis), numbers in counts.items():
+        if max(numbers) > len(numbers) + MAX_GAP:
+            problems.append(
+                Problem(
+                    f"{source.location}: {part} has a {axis} {max(numbers)}, and {len(numbers)} of them in all",
+                    "the names are damaged: take the checkpoint from its source again",
+                )
+            )
+            continue
         seen.append(Seen((fit.model.qualified(part, axis),), max(numbers) + 1, f"{part}: the highest {axis}"))
     sizes, disagreements = _solve_weights(source, fit, _with_choices(fit.model, seen))
     problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
+    problems += _count_problems(source, fit.model, sizes)
     if not problems:
         problems += _absent_weights(source, fit, stored, sizes)
     return Checkpoint(source, fit.adapter, fit.model, fit.layout, stored, False, sizes, tuple(problems))
@@ -230,6 +250,25 @@ def _recorded_sizes(source: Source) -> dict[str, int]:
     if not isinstance(sizes, dict):
         return {}
     return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
+
+
+def _count_problems(source: Source, model: Model, sizes: Mapping[str, int]) -> list[Problem]:
+    """Rules of so many weights that nothing but their names would fill the memory."""
+    counts = {
+        rule.leaf: math.prod(
+            sizes.get(model.qualified(part.name, axis), 1) for axis in rule.equation.placeholders
+        )
+        for part in model.parts
+        for rule in part.rules
+    }
+    return [
+        Problem(
+            f"{source.location}: {leaf} would be {count} weights, more than {MAX_TENSORS}",
+            f"no {model.name} has so many layers: take the checkpoint from its source again",
+        )
+        for leaf, count in counts.items()
+        if count > MAX_TENSORS
+    ]
 
 
 def _absent_weights(
@@ -308,6 +347,7 @@ def _fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
 
 
 def _dtype_problems(source: Source) -> list[Problem]:
+    """Arrays that are no weights: of another dtype, or without elements."""
     by_dtype: dict[str, list[str]] = {}
     for name, spec in source.specs.items():
         if spec.dtype.name not in WEIGHT_DTYPES:
@@ -319,6 +359,13 @@ def _dtype_problems(source: Source) -> list[Problem]:
         )
         for dtype, names in by_dtype.items()
         for name in grouped(names)
+    ] + [
+        Problem(
+            f"{source.location}: {name} has shape {list(spec.shape)}, no element at all",
+            "take the checkpoint from its source again",
+        )
+        for name, spec in source.specs.items()
+        if spec.size == 0
     ]
 
 

@@ -10,6 +10,11 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+#: of a cause or a fix; what is longer was made to be
+MAX_LINE = 900
+#: problems that one refusal carries; a foreign tree may have a fault in each of a million leaves
+MAX_PROBLEMS = 200
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -18,21 +23,35 @@ class Problem:
     cause: str
     fix: str
 
+    def __post_init__(self) -> None:
+        # names in them come from files
+        object.__setattr__(self, "cause", _bounded(printable(self.cause[: MAX_LINE + 1])))
+        object.__setattr__(self, "fix", _bounded(printable(self.fix[: MAX_LINE + 1])))
+
     def __str__(self) -> str:
-        return f"{printable(self.cause)}\n  fix: {printable(self.fix)}"
+        return f"{self.cause}\n  fix: {self.fix}"
 
 
 def printable(text: str) -> str:
     """Text for one line of a terminal: a name may hold line breaks, escapes, or bytes of no encoding."""
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= MAX_LINE else text[:MAX_LINE] + "…"
 
 
 class Refusal(Exception):
     """A request that bridge does not carry out. ``problems`` is never empty."""
 
     def __init__(self, *problems: Problem) -> None:
+        if len(problems) > MAX_PROBLEMS + 1:
+            more = Problem(f"and {len(problems) - MAX_PROBLEMS} more faults", "mend these first")
+            problems = (*problems[:MAX_PROBLEMS], more)
         super().__init__(*problems)
         self.problems = problems
 

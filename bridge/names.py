@@ -130,6 +130,7 @@ def _fill(key: Skeleton, numbers: list[str]) -> str:
 def _range(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+    # they are sorted and no two alike
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return "{" + ",".join(map(str, numbers)) + "}"

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Iterable
 
 MAX_PATTERN = 8192
+#: repeats in one pattern, and the product of those that are counted: compiling takes time and memory by these
+MAX_REPEATS = 200
+MAX_COUNTED = 1000
+#: what the module `regex` reads and `re`, which PEFT uses, does not: fuzziness, recursion, classes, flags
+_FOREIGN = re.compile(r"\{[^}]*[^\d,}][^}]*\}|\(\?(?:[R0-9&|]|P>|[a-zA-Z]*[bBefprVwW])|\\[LpPKGXRhHmMN]|\[:")
+#: the last number of a counted repeat; one above 9999 is above any bound
+_COUNTED = re.compile(r"\{(?:\d*,)?0*(\d{1,5})")
 #: what all patterns of an adapter may take together, for all of its modules
 SECONDS = 2.0
 
@@ -30,9 +39,16 @@ class Clock:
 
         if len(pattern) > MAX_PATTERN:
             return f"has {len(pattern)} characters"
+        counted = [int(number) for number in _COUNTED.findall(pattern)]
+        if sum(map(pattern.count, "*+?{")) > MAX_REPEATS or math.prod(counted) > MAX_COUNTED:
+            return "repeats too much to be tried"
+        if _FOREIGN.search(pattern):
+            return "is none of PEFT's: Python's re does not know it"
         try:
             self.match(_ending(pattern), "")
-        except regex.error as error:
+        except TimeoutError:
+            raise
+        except (regex.error, RecursionError, ValueError, OverflowError, LookupError, MemoryError) as error:
             return f"is no regular expression ({error})"
         return ""
 

@@ -17,6 +17,7 @@ from typing import Any
 from bridge.errors import Problem
 from bridge.names import Template
 from bridge.patterns import SECONDS, Clock
+from bridge.strict_json import shown
 from bridge.targets import Targets, read_targets
 
 PREFIX = "base_model.model."
@@ -24,6 +25,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 #: PEFT's default when the config does not say
 DEFAULT_ALPHA = 8
+
+MAX_MODULES_TO_SAVE = 2000
 
 #: fields that do not change what a loaded LoRA adapter computes
 _HARMLESS = {
@@ -69,7 +72,7 @@ class AdapterConfig:
     def saves(self, module: str) -> bool:
         """Whether PEFT keeps a copy of this module in the adapter: it, or one it is part of, is named."""
         paths = itertools.accumulate(module.split("."), "{}.{}".format)
-        return any(path.endswith(name) for path in paths for name in self.modules_to_save)
+        return any(path.endswith(self.modules_to_save) for path in paths)
 
     def _first(self, patterns: Mapping[str, object], module: str) -> str:
         return next(iter(self.clock.matching(patterns, module)), "")
@@ -84,16 +87,19 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
         problems.append(Problem(f"{where}: {cause}", fix))
 
     if config.get("peft_type") != "LORA":
-        refuse(f"peft_type is {config.get('peft_type')!r}, not LORA", "bridge converts LoRA adapters only")
+        refuse(
+            f"peft_type is {shown(config.get('peft_type'))}, not LORA", "bridge converts LoRA adapters only"
+        )
     for name, value in config.items():
         if name not in _HARMLESS | _READ and value not in (None, False, {}, [], 0):
             refuse(
-                f"{name} is {_shown(value)}, which bridge does not convert",
+                f"{name} is {shown(value)}, which bridge does not convert",
                 "merge the adapter in PEFT instead",
             )
     if config.get("bias", "none") != "none":
         refuse(
-            f"bias is {config['bias']!r}: trained biases would be lost", "merge the adapter in PEFT instead"
+            f"bias is {shown(config['bias'])}: trained biases would be lost",
+            "merge the adapter in PEFT instead",
         )
     if config.get("fan_in_fan_out"):
         refuse(
@@ -103,19 +109,19 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
     # openpi never uses these; PEFT changes the base when it loads such an adapter
     if isinstance(init, str) and init.lower() not in ("gaussian", "orthogonal", "eva"):
         refuse(
-            f"init_lora_weights is {init!r}, which changes the base weights",
+            f"init_lora_weights is {shown(init)}, which changes the base weights",
             "convert it in PEFT first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     r, alpha = config.get("r", DEFAULT_ALPHA), config.get("lora_alpha", DEFAULT_ALPHA)
     if not _is_rank(r):
-        refuse(f"r is {_shown(r)}", "restore the config that was saved with the adapter")
+        refuse(f"r is {shown(r)}", "restore the config that was saved with the adapter")
     if not _number(alpha):
-        refuse(f"lora_alpha is {_shown(alpha)}", "restore the config that was saved with the adapter")
+        refuse(f"lora_alpha is {shown(alpha)}", "restore the config that was saved with the adapter")
     patterns = {}
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _number)):
         value = config.get(name) or {}
         if not isinstance(value, dict) or not all(fits(number) for number in value.values()):
-            refuse(f"{name} is {_shown(value)}", "restore the config that was saved with the adapter")
+            refuse(f"{name} is {shown(value)}", "restore the config that was saved with the adapter")
             value = {}
         try:
             problems += [
@@ -127,8 +133,12 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
             refuse(f"{name} takes longer than {SECONDS:g} s to read", "restore the config that was saved")
         patterns[name] = value
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        refuse(f"modules_to_save is {_shown(saved)}", "restore the config that was saved with the adapter")
+    if (
+        not isinstance(saved, list)
+        or len(saved) > MAX_MODULES_TO_SAVE
+        or not all(isinstance(name, str) for name in saved)
+    ):
+        refuse(f"modules_to_save is {shown(saved)}", "restore the config that was saved with the adapter")
         saved = []
     targets, faults = read_targets(config, saved, clock, where)
     problems += faults
@@ -150,17 +160,12 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # no alpha comes near it, and an int beyond a float's range has no float
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _is_rank(value: object) -> bool:
     return isinstance(value, (int, float)) and _number(value) and int(value) == value and value >= 1
-
-
-def _shown(value: object) -> str:
-    """A foreign value, on one line of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
 
 
 @dataclass(frozen=True)

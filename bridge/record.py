@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from bridge.errors import Problem, SourceRefused
@@ -19,12 +20,17 @@ from bridge.formats import Source
 from bridge.formats.location import Location
 from bridge.publish import RECORD
 from bridge.specs import raw
+from bridge.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
     from bridge.outputs import Output
     from bridge.pieces import Done
     from bridge.planner import Plan
 
+#: bytes; 100,000 tensors take 15 MB
+MAX_RECORD = 64 << 20
+#: bytes of a file beside the weights
+MAX_FILE = 128 << 20
 FIX = "convert again; where it stays, report it with the bridge.json"
 
 #: packages whose version can change an output's bytes
@@ -101,12 +107,10 @@ def _files_in(place: Path) -> set[str]:
 
 def read_record(root: Location) -> dict[str, Any]:
     """The record beside an output; empty where there is none, or none that can be read."""
-    text = (root / RECORD).read_bytes()
     try:
-        record = json.loads(text or b"{}")
-    except (ValueError, RecursionError):
+        return parse_object((root / RECORD).read_bytes(MAX_RECORD) or b"{}")
+    except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def check_record(
@@ -127,14 +131,14 @@ def check_record(
         if name not in source.specs:
             problems.append(Problem(f"{source.root}: {name} is in {RECORD}, and not in the file", FIX))
             continue
-        if described.get("checksum") == "zeros":
-            continue
+        recorded = described.get("checksum") if isinstance(described, dict) else None
+        read = (known or {}).get(name) if recorded != "zeros" else None
         try:
-            checksum = (known or {}).get(name) or _checksum(source, name)
+            same = read == recorded if read is not None else _holds(source, name, recorded)
         except SourceRefused as refused:
             problems += refused.problems
             continue
-        if checksum != described.get("checksum"):
+        if not same:
             problems.append(
                 Problem(
                     f"{source.root}: {name} is not what was written: its checksum differs",
@@ -144,11 +148,48 @@ def check_record(
     extra = sorted(set(source.specs) - set(tensors))
     problems += [Problem(f"{source.root}: {name} is in the file, and not in {RECORD}", FIX) for name in extra]
     for name, checksum in files.items():
-        data = (source.root / name).read_bytes()
+        if not plain(name):
+            problems.append(
+                Problem(
+                    f"{source.root / RECORD} lists {shown(name)}, outside its directory",
+                    "do not trust this checkpoint",
+                )
+            )
+            continue
+        data = (source.root / name).read_bytes(MAX_FILE)
         if data is None or xxhash.xxh3_128(data).hexdigest() != checksum:
             what = "is missing" if data is None else "is not what was written: its checksum differs"
             problems.append(Problem(f"{source.root / name} {what}", "restore it, or convert again"))
     return {str(source.root / RECORD): not problems}, problems
+
+
+def _holds(source: Source, name: str, recorded: object) -> bool:
+    """Whether a tensor is what a record says: of this checksum, or all zeros."""
+    digest = xxhash.xxh3_128()
+    zeros = True
+    for _, values in source.slabs(name):
+        data = raw(values)
+        if recorded == "zeros":
+            zeros = zeros and not np.frombuffer(data, np.uint8).any()
+        else:
+            digest.update(data)
+    return zeros if recorded == "zeros" else digest.hexdigest() == recorded
+
+
+def _well_formed(record: Mapping[str, Any]) -> bool:
+    """Whether the lists in a record are of plain names: whoever writes one can give it its checksum."""
+    files, container, outputs = (record.get(key) for key in ("files", "container", "outputs"))
+    return (
+        isinstance(files, dict)
+        and isinstance(container, list)
+        and isinstance(outputs, list)
+        and all(isinstance(name, str) and plain(name) for name in (*files, *container, *outputs))
+    )
+
+
+def plain(path: str) -> bool:
+    """Whether a path is relative and stays below where it starts."""
+    return not {"", ".", ".."} & set(path.split("/")) and "\0" not in path
 
 
 def check_whole(root: Location) -> list[Problem]:
@@ -156,7 +197,7 @@ def check_whole(root: Location) -> list[Problem]:
     if root.local is None or not (root / RECORD).is_file():
         return []
     record = read_record(root)
-    if record.get("record") != _self_sum(record):
+    if record.get("record") != _self_sum(record) or not _well_formed(record):
         return [Problem(f"{root / RECORD} is not what was written", "restore it, or convert again")]
     expected = {*record["files"], *record["container"]}
     found = _files_in(root.local)
@@ -172,13 +213,6 @@ def check_whole(root: Location) -> list[Problem]:
         if not (root / where / RECORD).is_file():
             problems.append(Problem(f"{root / where / RECORD} is missing", "restore it, or convert again"))
     return problems
-
-
-def _checksum(source: Source, name: str) -> str:
-    digest = xxhash.xxh3_128()
-    for _, values in source.slabs(name):
-        digest.update(raw(values))
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

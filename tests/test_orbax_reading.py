@@ -106,7 +106,7 @@ def test_says_how_each_array_is_read(tmp_path: Path, tree: Tree, variant: str) -
         assert ways == {"streamed"}
     elif variant == "grid-plain":
         # one axis: chunks are runs of it whatever the grid
-        assert ways == {"streamed", "tensorstore"}
+        assert ways == {"streamed", "chunk by chunk"}
     else:
         assert ways == {"tensorstore"}
 

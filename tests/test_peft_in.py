@@ -644,7 +644,7 @@ FILES = {
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_text("[" * 100000)
     ),
     "a config too large": Row(
-        r"it has \d+ bytes", lambda s: (s.adapter / CONFIG).write_text(" " * (2 << 20) + "{}")
+        r"is larger than 1 MB", lambda s: (s.adapter / CONFIG).write_text(" " * (2 << 20) + "{}")
     ),
     "a config in latin-1": Row(
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_bytes(b'{"a": "\xe9"}')

@@ -467,7 +467,7 @@ DAMAGE = {
         damage=lambda s: s.put("params.action_in_proj.kernel.value/.zarray", b"[]"),
     ),
     "zarray deep": Row(
-        r"is damaged: not JSON",
+        r"is damaged: nested too deeply",
         damage=lambda s: s.put("params.action_in_proj.kernel.value/.zarray", b"[" * 100_000),
     ),
     "_METADATA empty": described("", b""),

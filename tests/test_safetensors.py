@@ -289,7 +289,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "hole": (packed({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16)), "begins at byte"),
     "hole at the front": (packed({"a": entry(4, 8)}, bytes(8)), "begins at byte"),
     "shape mismatch": (packed({"a": entry(0, 8, shape=[3])}, bytes(8)), "has 8 bytes"),
-    "overflowing shape": (packed({"a": entry(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)), "has 8 bytes"),
+    "overflowing shape": (packed({"a": entry(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)), "has shape"),
     "negative dimension": (packed({"a": entry(0, 8, shape=[-2])}, bytes(8)), "has shape [-2]"),
     "two negative dimensions": (packed({"a": entry(0, 8, shape=[-1, -2])}, bytes(8)), "has shape"),
     "fractional dimension": (packed({"a": entry(0, 8, shape=[2.0])}, bytes(8)), "has shape"),

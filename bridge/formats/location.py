@@ -6,6 +6,10 @@ key-value stores, which list and read a bucket without further packages.
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import stat
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +17,10 @@ from typing import Any
 
 from bridge.errors import Problem, SourceRefused
 
+#: files below one directory: chunks of a large run, with room
+MAX_FILES = 4_000_000
+
+_PATH = "check the path and its permissions"
 _BUCKETS = {"gs": "gcs", "s3": "s3"}
 
 
@@ -75,49 +83,116 @@ class Location:
         return self.url
 
     def names(self) -> list[str]:
-        """Names of the files and directories directly inside, sorted; empty for a file."""
-        if self.local is not None:
-            return sorted(entry.name for entry in self.local.iterdir()) if self.local.is_dir() else []
-        return sorted({key.split("/", 1)[0] for key in self.files()})
+        """Names of the files and directories directly inside, sorted; empty for a file.
+
+        Raises:
+            SourceRefused: they cannot be listed.
+        """
+        if self.local is None:
+            return sorted({key.split("/", 1)[0] for key in self.files()})
+        try:
+            return sorted(entry.name for entry in os.scandir(self.local)) if self.local.is_dir() else []
+        except OSError as error:
+            raise self._refused(error) from error
 
     def files(self) -> list[str]:
-        """Paths of all files inside, at any depth, relative and sorted."""
-        if self.local is not None:
-            return sorted(
-                str(path.relative_to(self.local)) for path in self.local.rglob("*") if path.is_file()
-            )
-        return sorted(key.decode() for key in self.keys() if key)
+        """Paths of all files inside, at any depth, relative and sorted.
+
+        A link to a file counts as the file (caches are made of these).
+
+        Raises:
+            SourceRefused: they cannot be listed, or something inside is neither a file nor a
+                directory: a pipe, a device, a link to a directory or to nowhere.
+        """
+        if self.local is None:
+            return sorted(key.decode() for key in self.keys() if key)
+        found: list[str] = []
+        pending = [""] if self.local.is_dir() else []
+        while pending:
+            inside = pending.pop()
+            try:
+                entries = list(os.scandir(self.local / inside))
+            except OSError as error:
+                raise self._refused(error) from error
+            for entry in entries:
+                path = f"{inside}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{path}/")
+                elif _leads_to_file(entry):
+                    found.append(path)
+                else:
+                    raise SourceRefused(_no_file(self / path))
+            if len(found) + len(pending) > MAX_FILES:
+                raise SourceRefused(Problem(f"{self} holds more than {MAX_FILES} files", _PATH))
+        return sorted(found)
 
     def is_file(self) -> bool:
         if self.local is not None:
             return self.local.is_file()
-        return self.read_bytes() is not None
+        import tensorstore as ts
+
+        try:
+            only = ts.KvStore.KeyRange(self.name, f"{self.name}\0")
+            return bool(_store(self.parent.kvstore()).list(only).result())
+        except (OSError, ValueError) as error:
+            raise self._refused(error) from error
 
     def exists(self) -> bool:
-        if self.local is not None:
+        if self.local is None:
+            return bool(self.names()) or self.is_file()
+        try:
             return self.local.exists()
-        return bool(self.names()) or self.is_file()
+        except OSError as error:
+            raise self._refused(error) from error
 
-    def read_bytes(self) -> bytes | None:
+    def read_bytes(self, at_most: int) -> bytes | None:
         """The file's contents, or None when there is no such file.
 
         Raises:
-            SourceRefused: it is there and cannot be read.
+            SourceRefused: it is there and cannot be read, is no regular file, or is larger than
+                ``at_most`` bytes.
         """
         try:
             if self.local is not None:
-                return self.local.read_bytes() if self.local.is_file() else None
-            result = _store(self.parent.kvstore()).read(self.name).result()
+                with open_regular(self.local) as file:
+                    read = bytearray()
+                    # piece by piece: asking for `at_most` at once would allocate it
+                    while len(read) <= at_most and (piece := file.read(1 << 20)):
+                        read += piece
+                data = bytes(read)
+            else:
+                store = _store(self.parent.kvstore())
+                if _reaches(store, self.name, at_most):
+                    data = bytes(at_most + 1)
+                else:
+                    result = store.read(self.name).result()
+                    if result.state != "value":
+                        return None
+                    data = bytes(result.value)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
         except (OSError, ValueError) as error:
-            raise SourceRefused(Problem(f"{self}: {error}", "check the path and its permissions")) from error
-        return bytes(result.value) if result.state == "value" else None
+            raise self._refused(error) from error
+        if len(data) > at_most:
+            raise SourceRefused(
+                Problem(
+                    f"{self} is larger than {at_most >> 20} MB, which no such file is",
+                    "take the checkpoint from its source again",
+                )
+            )
+        return data
 
     def keys(self) -> list[bytes]:
         """All keys below, as TensorStore lists them."""
         try:
             return list(_store(self.kvstore()).list().result())
         except (OSError, ValueError) as error:
-            raise SourceRefused(Problem(f"{self}: {error}", "check the path and its permissions")) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> SourceRefused:
+        where = error.filename if isinstance(error, OSError) and error.filename else self
+        said = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return SourceRefused(Problem(f"{where}: {said}", _PATH))
 
     def kvstore(self) -> dict[str, Any]:
         """TensorStore's specification of this directory."""
@@ -134,3 +209,47 @@ def _store(spec: dict[str, Any]) -> Any:
     import tensorstore as ts
 
     return ts.KvStore.open(spec, context=tensorstore_context()).result()
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file, or a link to one, for reading; unbuffered.
+
+    A pipe would be waited for and a device may never end: opening one raises OSError.
+    """
+    if stat.S_ISDIR(os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    # it may have been exchanged since
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return io.FileIO(fd)
+
+
+def _leads_to_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        # links in a circle
+        return False
+
+
+def _no_file(location: Location) -> Problem:
+    path = str(location)
+    if not os.path.islink(path):
+        return Problem(f"{path} is not a regular file", "take the checkpoint from its source again")
+    if os.path.isdir(path):
+        return Problem(f"{path} is a link to a directory", "put the directory itself in its place")
+    if os.path.lexists(os.path.realpath(path)) and not os.path.islink(os.path.realpath(path)):
+        return Problem(f"{path} is a link to what is not a regular file", "do not trust this checkpoint")
+    return Problem(f"{path} is a link that leads nowhere", "copy the checkpoint again, links resolved")
+
+
+def _reaches(store: Any, key: str, offset: int) -> bool:
+    """Whether a value has a byte at ``offset``: the way to ask for a size, stores tell none."""
+    try:
+        return bool(store.read(key, byte_range=slice(offset, offset + 1)).result().state == "value")
+    except (OSError, ValueError):
+        return False

@@ -2,19 +2,28 @@
 
 TensorStore decodes the index (``ts.ocdbt.dump``); walking it here tells, before any data is
 read, how many bytes each array takes and whether every file is there in full, and lets a reader
-stream a chunk that TensorStore could only decode whole.
+stream a chunk that TensorStore could only decode whole. TensorStore believes what it decodes, so
+what it is given is measured first: where it lies, and how large it becomes.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats.location import Location, tensorstore_context
+from bridge.formats import zstd
+from bridge.formats.location import Location, open_regular, tensorstore_context
 
 RECOPY = "the copy is incomplete or damaged: copy the checkpoint again"
+MANIFEST = "manifest.ocdbt"
+
+MAX_NODES = 1 << 16
+#: bytes of the manifest and of all nodes, decoded; an index of 100,000 arrays takes 60 MB
+MAX_INDEX = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -27,47 +36,113 @@ class Extent:
     offset: int = 0
 
 
+class _Node(NamedTuple):
+    reference: str
+    prefix: bytes
+    height: int
+
+
 def index(location: Location) -> dict[str, Extent]:
     """Every key of the store at ``location`` and where its value lies.
 
     Raises:
-        SourceRefused: the manifest or a node is missing or damaged, or a path in the index
-            leads out of the checkpoint.
+        SourceRefused: the manifest or a node is missing or damaged or grows without measure, or
+            a path in the index leads out of the checkpoint.
     """
     import tensorstore as ts
 
     try:
         store = ts.KvStore.open(location.kvstore(), context=tensorstore_context()).result()
+        text = (location / MANIFEST).read_bytes(MAX_INDEX) or b""
+        left = MAX_INDEX - _decoded_size(text, MANIFEST, MAX_INDEX)
         manifest = ts.ocdbt.dump(store).result()
         versions = manifest.get("versions") or []
         if not versions:
             # very long histories move the newest version out of the manifest; Orbax writes one
             raise ValueError("the manifest names no version")
         found: dict[str, Extent] = {}
-        walked = set()
-        pending = [(versions[-1]["root"].get("location"), b"")]
+        walked: set[Extent] = set()
+        root = versions[-1]["root"].get("location")
+        # an empty store has no root
+        pending = [] if root is None else [_Node(str(root), b"", int(versions[-1]["root_height"]))]
         while pending:
-            node, prefix = pending.pop()
-            if node is None:  # an empty store
-                continue
-            if node in walked:
-                raise ValueError(f"its node {node} lies below itself or in two places")
-            walked.add(node)
-            for entry in ts.ocdbt.dump(store, node).result()["entries"]:
-                key = prefix + _bytes(entry.get("key", b""))
-                if "inline_value" in entry:
-                    value = _bytes(entry["inline_value"])
-                    found[key.decode()] = Extent(len(value), inline=value)
-                elif "indirect_value" in entry:
-                    found[key.decode()] = _extent(str(entry["indirect_value"]))
-                else:
-                    stem = prefix + _bytes(entry.get("subtree_common_prefix", b""))
-                    pending.append((entry["location"], stem))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+            node = pending.pop()
+            extent = _extent(node.reference, "btreenode")
+            if extent in walked or len(walked) == MAX_NODES:
+                raise ValueError(f"its node {node.reference} lies below itself or in two places")
+            walked.add(extent)
+            left -= _decoded_size(_node_text(location, store, extent, left), extent.file, left)
+            pending += _read_node(ts.ocdbt.dump(store, node.reference).result(), node, found)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         raise SourceRefused(
-            Problem(f"{location}/manifest.ocdbt: the index cannot be read: {_short(error)}", RECOPY)
+            Problem(f"{location}/{MANIFEST}: the index cannot be read: {_short(error)}", RECOPY)
         ) from error
     return found
+
+
+def _read_node(decoded: Any, node: _Node, found: dict[str, Extent]) -> list[_Node]:
+    """Add a leaf's values to ``found``, or give an inner node's children."""
+    if decoded["height"] != node.height:
+        raise ValueError(f"its node {node.reference} is at height {decoded['height']}, not {node.height}")
+    children = []
+    last: bytes | None = None
+    for entry in decoded["entries"]:
+        own = _bytes(entry.get("key", b""))
+        if last is not None and own <= last:
+            raise ValueError(f"the keys of its node {node.reference} are not in order")
+        last = own
+        key = node.prefix + own
+        if "inline_value" in entry:
+            value = _bytes(entry["inline_value"])
+            extent = Extent(len(value), inline=value)
+        elif "indirect_value" in entry:
+            extent = _extent(str(entry["indirect_value"]), "value")
+        else:
+            if node.height < 1:
+                raise ValueError(f"its node {node.reference} is a leaf and has children")
+            stem = node.prefix + _bytes(entry.get("subtree_common_prefix", b""))
+            children.append(_Node(str(entry["location"]), stem, node.height - 1))
+            continue
+        if found.setdefault(key.decode(), extent) is not extent:
+            raise ValueError(f"the key {key.decode()} is in it twice")
+    return children
+
+
+def _decoded_size(text: bytes, file: str, at_most: int) -> int:
+    """Bytes that a manifest or a node decodes to, as far as it is one: TensorStore checks the rest.
+
+    Layout: magic (4 bytes), length (8), version and compression (one byte each, as far as both
+    are known), the content, CRC-32C (4). See the OCDBT storage format in TensorStore's documents.
+
+    Raises:
+        ValueError: more than ``at_most``, or it cannot be decoded.
+    """
+    size = len(text)
+    if size > 18 and text[13] == 1:
+        import zstandard
+
+        size = 0
+        try:
+            with zstd.reader(text[14:-4], 1 << 20) as stream:
+                while size <= at_most and (piece := stream.read(1 << 20)):
+                    size += len(piece)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{file}: {error}") from error
+    if size > at_most:
+        raise ValueError(f"{file} decodes to more than {at_most} bytes")
+    return size
+
+
+def _node_text(location: Location, store: Any, extent: Extent, at_most: int) -> bytes:
+    """The bytes of a node, as stored."""
+    if extent.length > at_most:
+        raise ValueError(f"{extent.file} has {extent.length} bytes")
+    if location.local is None:
+        end = extent.offset + extent.length
+        return bytes(store.read(extent.file, byte_range=slice(extent.offset, end)).result().value)
+    with io.BufferedReader(open_regular(contained(location.local, extent.file))) as file:
+        file.seek(extent.offset)
+        return file.read(extent.length)
 
 
 def check_files(location: Location, extents: Mapping[str, Extent]) -> None:
@@ -98,7 +173,7 @@ def whole_file(root: Path, file: str) -> Extent:
 
 def contained(root: Path, file: str) -> Path:
     """``root / file``, refused when it is not below ``root``."""
-    if file.startswith("/") or ".." in file.split("/"):
+    if file.startswith("/") or "\0" in file or ".." in file.split("/"):
         raise SourceRefused(
             Problem(
                 f"{root}: the index points to {file!r}, outside the checkpoint",
@@ -108,13 +183,13 @@ def contained(root: Path, file: str) -> Path:
     return root / file
 
 
-def _extent(text: str) -> Extent:
-    """From ``value:<base>:<file>:<offset>:<length>``; the base is a directory, percent-encoded."""
+def _extent(text: str, expected: str) -> Extent:
+    """From ``kind:<base>:<file>:<offset>:<length>``; the base is a directory, percent-encoded."""
     from urllib.parse import unquote
 
     kind, base, file, offset, length = text.split(":")
-    if kind != "value":
-        raise ValueError(f"unknown reference {text!r}")
+    if kind != expected or not (offset.isdigit() and length.isdigit()):
+        raise ValueError(f"unknown reference {text[:200]!r}")
     return Extent(int(length), file=unquote(base) + unquote(file), offset=int(offset))
 
 
@@ -123,4 +198,4 @@ def _bytes(value: bytes | str) -> bytes:
 
 
 def _short(error: Exception) -> str:
-    return str(error).split(" [source locations")[0].splitlines()[0][:300]
+    return str(error).split(" [source locations")[0].split("\n")[0][:300]

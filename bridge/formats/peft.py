@@ -6,7 +6,6 @@ and read by :mod:`bridge.peft`. Pickled adapters (``adapter_model.bin``) are nev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import Format
 from bridge.formats.location import Location
+from bridge.formats.safetensors import pickle_problem
 from bridge.formats.stamps import take
 from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.specs import Spec
+from bridge.strict_json import parse_object
 
 FILE = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -39,24 +40,15 @@ def open_peft(location: Location) -> TorchSource:
     if location.local is None:
         raise SourceRefused(Problem(f"{location}: adapters are read from local disk", "copy it here first"))
     if FILE not in names and PICKLE in names:
-        raise SourceRefused(
-            Problem(
-                f"{location / PICKLE} is a pickle, which can run code when it is opened: bridge never opens one",
-                "save the adapter again with save_pretrained(..., safe_serialization=True)",
-            )
-        )
+        raise SourceRefused(pickle_problem(str(location / PICKLE)))
     for name in (FILE, CONFIG):
         if name not in names:
             raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again, whole"))
     stamps = take([location.local / CONFIG])
-    text = (location / CONFIG).read_bytes() or b""
+    text = (location / CONFIG).read_bytes(MAX_CONFIG) or b""
     try:
-        if len(text) > MAX_CONFIG:
-            raise ValueError(f"it has {len(text)} bytes")
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
+        config = parse_object(text)
+    except ValueError as error:
         raise SourceRefused(
             Problem(f"{location / CONFIG} is damaged: {error}", "copy the adapter again, whole")
         ) from error

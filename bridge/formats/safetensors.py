@@ -8,6 +8,7 @@ more strictly than by the reference: duplicate keys and unsafe names are refused
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,18 @@ import ml_dtypes
 import numpy as np
 
 from bridge.errors import Problem, SourceRefused
+from bridge.formats.location import open_regular
 from bridge.specs import BFLOAT16, Spec
+from bridge.strict_json import parse_object, shown
 
-MAX_HEADER = 100_000_000
+#: bytes; the reference allows 100 MB, which a policy's names do not come near
+MAX_HEADER = 32 << 20
 MAX_TENSORS = 100_000
+#: elements along one axis, of which another may be 0
+MAX_AXIS = 1 << 48
 _LFS = b"version "
+#: how zip archives (torch.save since 1.6) and bare pickles begin
+_PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -95,7 +103,7 @@ def read_header(path: Path) -> Header:
         SourceRefused: the file is not exactly a safetensors file, with the cause.
     """
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             size = path.stat().st_size
             start = file.read(8)
             if start == _LFS:
@@ -105,6 +113,8 @@ def read_header(path: Path) -> Header:
                         "fetch it with `git lfs pull` in the repository the checkpoint came from",
                     )
                 )
+            if start.startswith(_PICKLES) and int.from_bytes(start, "little") > size:
+                raise SourceRefused(pickle_problem(str(path)))
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"its header claims {length} bytes, and the file has {size}")
@@ -114,7 +124,7 @@ def read_header(path: Path) -> Header:
         raise SourceRefused(
             Problem(f"{path}: {error.strerror}", "check the path and its permissions")
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SourceRefused(
             Problem(f"{path} is not a whole safetensors file: {error}", "copy the checkpoint again")
         ) from error
@@ -123,7 +133,7 @@ def read_header(path: Path) -> Header:
 def _parse(text: bytes, size: int) -> Header:
     if not text.startswith(b"{"):
         raise ValueError("its header does not begin with '{'")
-    described = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    described = parse_object(text, 16 * MAX_TENSORS)
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not all text")
@@ -148,9 +158,9 @@ def _placed(name: str, entry: Any, first: int) -> Placed:
         raise ValueError(f"{name} is not described")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{name} has dtype {dtype!r}")
+        raise ValueError(f"{name} has dtype {shown(dtype)}")
     if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
-        raise ValueError(f"{name} has shape {shape!r} at {offsets!r}")
+        raise ValueError(f"{name} has shape {shown(shape)} at {shown(offsets)}")
     spec = Spec(tuple(shape), _DTYPES[dtype])
     if spec.nbytes != offsets[1] - offsets[0]:
         raise ValueError(f"{name} is {spec}, and has {offsets[1] - offsets[0]} bytes")
@@ -158,13 +168,16 @@ def _placed(name: str, entry: Any, first: int) -> Placed:
 
 
 def _naturals(value: object, *, at_most: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) <= at_most and all(type(n) is int and n >= 0 for n in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= at_most
+        and all(type(n) is int and 0 <= n <= MAX_AXIS for n in value)
+    )
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands in it twice")
-    return found
+def pickle_problem(where: str) -> Problem:
+    """What to say of a pickle, whatever it is called."""
+    return Problem(
+        f"{where} is a pickle, which can run code when it is opened: bridge never opens one",
+        "where you trust it, save it as safetensors: save_pretrained(..., safe_serialization=True)",
+    )

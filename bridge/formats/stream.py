@@ -7,18 +7,20 @@ stream. Memory: one slab, and a few read buffers.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridge.errors import Problem, SourceRefused
-from bridge.formats import SLAB_BYTES, Slab, Spent
+from bridge.formats import SLAB_BYTES, Slab, Spent, zstd
+from bridge.formats.location import open_regular
 from bridge.formats.ocdbt import RECOPY, Extent
 from bridge.formats.syscalls import will_read
 from bridge.formats.zarr import ZarrArray
@@ -54,7 +56,7 @@ def _chunk(array: ZarrArray) -> Spec:
 
 
 def slabs(
-    array: ZarrArray, chunks: list[tuple[Path | None, Extent]], label: str, spent: Spent
+    array: ZarrArray, chunks: Iterable[tuple[Path | None, Extent]], label: str, spent: Spent
 ) -> Iterator[Slab]:
     """Yield an array for which :func:`streamable` holds, in C order.
 
@@ -75,7 +77,7 @@ def slabs(
     item = array.spec.dtype.itemsize
     row = math.prod(shape[axis + 1 :]) * item
     for (start, region), (path, extent) in zip(cells(shape, array.chunks), chunks, strict=True):
-        with _decoded(path, extent, array.plain == "zstd", spent) as stream:
+        with _decoded(array, path, extent, label, spent) as stream:
             for at, part in cells(region, slab):
                 count = math.prod(part)
                 _fill(stream, flat[: count * item], label, path)
@@ -84,50 +86,62 @@ def slabs(
             _skip(stream, (array.chunks[axis] - region[axis]) * row if shape else 0, label, path)
 
 
+def read_chunk(array: ZarrArray, path: Path | None, extent: Extent, label: str, into: np.ndarray) -> None:
+    """Decode one chunk into an array of the chunk's shape, which it must fill exactly."""
+    with _decoded(array, path, extent, label, Spent()) as stream:
+        _fill(stream, raw(into), label, path)
+        _skip(stream, 0, label, path)
+
+
 class _Stream:
     """A chunk's decoded bytes, with the time that reading and decoding them takes."""
 
-    def __init__(self, source: Any, file: _Range | None, spent: Spent) -> None:
+    def __init__(self, source: Any, file: _Range, spent: Spent) -> None:
         self._source, self._file, self._spent = source, file, spent
 
     def readinto(self, into: memoryview) -> int:
-        began, before = time.perf_counter(), self._file.seconds if self._file else 0.0
+        began, before = time.perf_counter(), self._file.seconds
         got = int(self._source.readinto(into))
-        read = (self._file.seconds if self._file else 0.0) - before
+        read = self._file.seconds - before
         self._spent.read += read
         self._spent.decode += time.perf_counter() - began - read
         return got
+
+    def finish(self) -> bool:
+        """Whether everything was read, and a frame is whole. Decoders do not look behind a frame."""
+        return self._file.finish()
 
     def __enter__(self) -> _Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._source.close()
+        self._file.close()
 
 
-def _decoded(path: Path | None, extent: Extent, zstd: bool, spent: Spent) -> _Stream:
-    file: _Range | None = None
+def _decoded(array: ZarrArray, path: Path | None, extent: Extent, label: str, spent: Spent) -> _Stream:
+    compressed = array.plain == "zstd"
+    frame = zstd.Frame(math.prod(array.chunks) * array.spec.dtype.itemsize) if compressed else None
     try:
-        if path is not None:
-            file = _Range(path, extent.offset, extent.length)
+        file = _Range(path, extent, frame)
     except OSError as error:
-        raise SourceRefused(Problem(f"{path}: {error.strerror}", RECOPY)) from error
-    source: Any = file or io.BytesIO(extent.inline or b"")
-    if zstd:
-        import zstandard
-
-        source = zstandard.ZstdDecompressor().stream_reader(source, read_size=READ_BYTES, closefd=True)
-    return _Stream(source, file, spent)
+        raise SourceRefused(Problem(f"{path}: {label}: {error.strerror}", RECOPY)) from error
+    return _Stream(zstd.reader(file, READ_BYTES) if compressed else file, file, spent)
 
 
 class _Range(io.RawIOBase):
-    """Part of a file, as a stream that has the disk read ahead."""
+    """Part of a file, or bytes from the index, as a stream that has the disk read ahead.
 
-    def __init__(self, path: Path, offset: int, length: int) -> None:
+    A zstd frame is followed on its way.
+    """
+
+    def __init__(self, path: Path | None, extent: Extent, frame: zstd.Frame | None) -> None:
         # unbuffered: the readers above ask for a megabyte at a time
-        self._file = path.open("rb", buffering=0)
-        self._at, self._end = offset, offset + length
-        self._asked = offset
+        self._file = None if path is None else open_regular(path)
+        self._inline = memoryview(extent.inline or b"")
+        self._at, self._end = extent.offset, extent.offset + extent.length
+        self._asked = extent.offset
+        self._frame = frame
         self.seconds = 0.0
 
     def readable(self) -> bool:
@@ -135,18 +149,33 @@ class _Range(io.RawIOBase):
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
         began = time.perf_counter()
-        if self._asked < min(self._at + AHEAD_BYTES // 2, self._end):
-            ask = min(AHEAD_BYTES, self._end - self._asked)
-            will_read(self._file.fileno(), self._asked, ask)
-            self._asked += ask
         want = min(len(into), self._end - self._at, 1 << 30)
-        got = os.preadv(self._file.fileno(), [memoryview(into)[:want]], self._at) if want else 0
+        if self._file is None:
+            into[:want] = self._inline[self._at : self._at + want]
+            got = want
+        else:
+            if self._asked < min(self._at + AHEAD_BYTES // 2, self._end):
+                ask = min(AHEAD_BYTES, self._end - self._asked)
+                will_read(self._file.fileno(), self._asked, ask)
+                self._asked += ask
+            got = os.preadv(self._file.fileno(), [memoryview(into)[:want]], self._at) if want else 0
         self._at += got
+        if self._frame is not None:
+            self._frame.feed(memoryview(into)[:got])
         self.seconds += time.perf_counter() - began
         return got
 
+    def finish(self) -> bool:
+        """Whether nothing is left to read. Raises ValueError when the frame is not whole."""
+        if self._at < self._end:
+            return False
+        if self._frame is not None:
+            self._frame.finish()
+        return True
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         super().close()
 
 
@@ -167,18 +196,35 @@ def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
         part = scratch[: min(count, len(scratch))]
         _fill(stream, part, label, path)
         count -= len(part)
-    if _readinto(stream, scratch[:1], label, path):
+    with _named(label, path):
+        # a decoder goes on to the end of the frame only when it is asked for more
+        whole = not stream.readinto(scratch[:1]) and stream.finish()
+    if not whole:
         raise SourceRefused(
             Problem(f"{path or 'the index'}: {label} holds more bytes than its shape", RECOPY)
         )
 
 
 def _readinto(stream: _Stream, into: memoryview, label: str, path: Path | None) -> int:
+    with _named(label, path):
+        return stream.readinto(into)
+
+
+@contextlib.contextmanager
+def _named(label: str, path: Path | None) -> Iterator[None]:
+    """Say which chunk of what cannot be read."""
     import zstandard
 
     try:
-        return stream.readinto(into)
-    except (zstandard.ZstdError, OSError) as error:
+        yield
+    except OSError as error:
+        raise SourceRefused(
+            Problem(f"{path or 'the index'}: {label}: {error.strerror or error}", RECOPY)
+        ) from error
+    except zstandard.ZstdError as error:
         raise SourceRefused(
             Problem(f"{path or 'the index'}: {label} cannot be decoded: {error}", RECOPY)
         ) from error
+    except ValueError as error:
+        # what a frame is not is the end of the sentence
+        raise SourceRefused(Problem(f"{path or 'the index'}: {label} {error}", RECOPY)) from error

@@ -6,7 +6,6 @@ time; writing puts every tensor at its final offset of a file that is laid out f
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -19,17 +18,22 @@ import numpy as np
 
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
-from bridge.formats.location import Location
-from bridge.formats.safetensors import Header, Placed, compose, read_header
+from bridge.formats.location import Location, open_regular
+from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
 from bridge.formats.stamps import Stamp, take
 from bridge.formats.syscalls import WriteBehind, allocate, will_read
 from bridge.specs import Spec, cells, raw, run_shape
+from bridge.strict_json import parse, parse_object, shown
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 #: the most that one call reads or writes: Linux itself stops at 2 GiB, other systems refuse that much
 CALL_BYTES = 32 << 20
+#: names of pickles, which are never opened
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_INDEX = 64 << 20
+MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class TorchSource:
         left = placed.spec.nbytes - offset - len(into)
         offset += placed.offset
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 will_read(file.fileno(), offset + len(into), min(ahead, left))
                 done = 0
                 while done < len(into):
@@ -120,11 +124,17 @@ class TorchSource:
 
 def claims(location: Location) -> bool:
     """Whether the path is a safetensors file or a directory that holds one, and no adapter."""
-    if any(name.startswith("adapter_") for name in location.names()):
+    names = location.names()
+    if any(name.startswith("adapter_") for name in names):
         return False
     return location.name.endswith(".safetensors") or any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in location.names()
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
     )
+
+
+def pickles(location: Location) -> list[str]:
+    """The path itself or the files in it that are pickles by their names."""
+    return [name for name in location.names() or [location.name] if name.endswith(PICKLES)]
 
 
 def open_torch(location: Location) -> TorchSource:
@@ -138,43 +148,66 @@ def open_torch(location: Location) -> TorchSource:
             Problem(f"{location}: PyTorch checkpoints are read from local disk", "copy it here first")
         )
     path = location.local
-    if path.is_file():
-        return source_of(location, location.parent, [path], None)
     names = location.names()
+    if not names and path.exists() and not path.is_dir():
+        if path.name.endswith(PICKLES):
+            raise SourceRefused(pickle_problem(str(path)))
+        return source_of(location, location.parent, [path], None)
     if FILE in names:
         return source_of(location, location, [path / FILE], None)
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(indexes) == 1:
         stamps = take([path / indexes[0]])
-        shards = _shards(path / indexes[0])
+        shards, note = _shards(path / indexes[0])
         source = source_of(location, location, sorted(set(shards.values())), shards)
+        held = sum(placed.spec.nbytes for _, placed in source.files.values())
+        if note is not None and note != held:
+            said = f"{indexes[0]} says total_size {note}, and its tensors have {held} bytes"
+            source = replace(source, notes=(*source.notes, said))
         return replace(source, stamps={**source.stamps, **stamps})
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1:
         return source_of(location, location, [path / files[0]], None)
+    if not files and (found := pickles(location)):
+        raise SourceRefused(pickle_problem(str(location / found[0])))
     what = f"holds {len(files)} safetensors files and no index" if files else "holds no safetensors file"
     raise SourceRefused(Problem(f"{location} {what}", f"give one file, or the directory that holds {FILE}"))
 
 
-def _shards(path: Path) -> dict[str, Path]:
+def _shards(path: Path) -> tuple[dict[str, Path], int | None]:
+    """Tensor name -> its file, and the bytes that the index says they have."""
+    text = Location.parse(path).read_bytes(MAX_INDEX)
     try:
-        described = json.loads(path.read_bytes())
-        weight_map = described["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        described = parse_object(text or b"", 2 * MAX_TENSORS)
+        pairs = [(name, _file_name(file)) for name, file in described["weight_map"].items()]
+        if len(pairs) > MAX_TENSORS:
+            raise ValueError(f"it lists {len(pairs)} tensors")
+        metadata = described.get("metadata") or {}
+        total = metadata.get("total_size")
+        if total is not None and (type(total) not in (int, float) or not math.isfinite(total)):
+            raise ValueError(f"total_size is {shown(total)}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise SourceRefused(Problem(f"{path} is damaged: {error!r}", "copy the checkpoint again")) from error
+    files = sorted({file for _, file in pairs})
     problems = [
         Problem(f"{path} points to {file!r}, outside its directory", "do not trust this checkpoint")
-        for file in sorted({file for _, file in pairs})
-        if "/" in file or "\\" in file or file in ("", ".", "..")
-    ]
-    problems += [
-        Problem(f"{path} names {file}, which is missing", "copy the checkpoint again")
-        for file in sorted({file for _, file in pairs})
-        if "/" not in file and not (path.parent / file).is_file()
+        for file in files
+        if "/" in file or "\\" in file or file in ("", ".", "..") or not file.isprintable()
     ]
     refuse_if(problems, SourceRefused)
-    return {name: path.parent / file for name, file in pairs}
+    problems += [
+        Problem(f"{path} names {file}, which is missing", "copy the checkpoint again")
+        for file in files
+        if not (path.parent / file).is_file()
+    ]
+    refuse_if(problems, SourceRefused)
+    return {name: path.parent / file for name, file in pairs}, None if total is None else int(total)
+
+
+def _file_name(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 255:
+        raise ValueError(f"a file is {shown(value)}")
+    return value
 
 
 def source_of(
@@ -200,14 +233,12 @@ def source_of(
         if name not in files
     ]
     refuse_if(problems, SourceRefused)
-    config = (root / CONFIG).read_bytes()
+    config = (root / CONFIG).read_bytes(MAX_CONFIG)
     if config is not None:
         try:
-            metadata[CONFIG] = json.loads(config)
-        except (ValueError, RecursionError) as error:
-            raise SourceRefused(
-                Problem(f"{root / CONFIG} is not JSON: {error}", "repair it, or remove it")
-            ) from error
+            metadata[CONFIG] = parse(config)
+        except ValueError as error:
+            raise SourceRefused(Problem(f"{root / CONFIG} is {error}", "repair it, or remove it")) from error
     return TorchSource(location, root, files, metadata, stamps=stamps)
 
 

@@ -7,7 +7,6 @@ before it was looked at.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,18 @@ from typing import Any
 import numpy as np
 
 from bridge.specs import BFLOAT16, Spec
+from bridge.strict_json import parse_object, shown
 
-MAX_ELEMENTS = 1 << 38
+MAX_BYTES = 1 << 40
 MAX_CHUNKS = 1 << 22
+MAX_AXES = 16
+#: bytes of a description
+MAX_TEXT = 1 << 20
+
+_PLAIN = [np.dtype(kind) for kind in ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?"]]
+_DTYPES = {dtype.str: dtype for dtype in _PLAIN} | {d.name: d for d in _PLAIN} | {"bfloat16": BFLOAT16}
+#: codecs of version 3 that Orbax writes; TensorStore decodes each into memory of the declared size
+_CODECS = {"bytes", "transpose", "zstd", "crc32c", "sharding_indexed"}
 
 
 @dataclass(frozen=True)
@@ -50,24 +58,29 @@ class ZarrArray:
 
 def parse_v2(text: bytes) -> ZarrArray:
     """Read a ``.zarray``. Raises ValueError with the cause."""
-    meta = _object(text)
+    meta = parse_object(text)
     shape, chunks = _sizes(meta, "shape"), _sizes(meta, "chunks")
     compressor = meta.get("compressor")
-    plain = None
-    if meta.get("order") == "C" and not meta.get("filters"):
-        if compressor is None:
-            plain = "raw"
-        elif isinstance(compressor, dict) and compressor.get("id") == "zstd":
-            plain = "zstd"
+    if compressor is not None and (not isinstance(compressor, dict) or compressor.get("id") != "zstd"):
+        raise ValueError(f"compressor is {shown(compressor)}, and Orbax writes zstd or none")
+    for field, allowed in (("zarr_format", (2,)), ("order", ("C",)), ("filters", (None, []))):
+        if meta.get(field) not in allowed:
+            raise ValueError(f"{field} is {shown(meta.get(field))}, and Orbax writes {allowed[0]}")
+    _check_fill(meta)
+    plain = "raw" if compressor is None else "zstd"
     separator = meta.get("dimension_separator", ".")
     if separator not in (".", "/"):
-        raise ValueError(f"dimension_separator is {separator!r}")
+        raise ValueError(f"dimension_separator is {shown(separator)}")
     return _array(shape, chunks, _dtype(meta.get("dtype")), "zarr", plain, separator, "")
 
 
 def parse_v3(text: bytes) -> ZarrArray:
     """Read a ``zarr.json``. Raises ValueError with the cause."""
-    meta = _object(text)
+    meta = parse_object(text)
+    if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
+        raise ValueError("it describes no array of zarr 3")
+    _check_codecs(meta.get("codecs"), 0)
+    _check_fill(meta)
     grid = meta.get("chunk_grid")
     configuration = grid.get("configuration") if isinstance(grid, dict) else None
     if not isinstance(configuration, dict):
@@ -80,7 +93,7 @@ def parse_v3(text: bytes) -> ZarrArray:
     default = encoding.get("name", "default") == "default"
     separator = separator or ("/" if default else ".")
     if separator not in (".", "/"):
-        raise ValueError(f"chunk key separator is {separator!r}")
+        raise ValueError(f"chunk key separator is {shown(separator)}")
     # version 3 chunks hold shards with an index: TensorStore reads those
     return _array(
         shape,
@@ -104,43 +117,51 @@ def _array(
 ) -> ZarrArray:
     if len(chunks) != len(shape):
         raise ValueError(f"shape {list(shape)} and chunks {list(chunks)} differ in length")
-    if len(shape) > 16:
+    if len(shape) > MAX_AXES:
         raise ValueError(f"it has {len(shape)} axes")
-    if math.prod(shape) > MAX_ELEMENTS or math.prod(chunks) > MAX_ELEMENTS:
-        raise ValueError(f"shape {list(shape)} in chunks of {list(chunks)} is larger than any weight")
+    described = f"shape {list(shape)} in chunks of {list(chunks)}"
     if any(size == 0 for size in chunks):
         raise ValueError(f"chunks are {list(chunks)}")
+    # an axis of 0 must not hide what the others would take
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > MAX_BYTES:
+        raise ValueError(f"{described} is larger than any weight")
+    if any(chunk > max(size, 1) for chunk, size in zip(chunks, shape, strict=True)):
+        raise ValueError(f"{described}: a chunk is larger than the array")
     array = ZarrArray(Spec(shape, dtype), chunks, driver, plain, separator, prefix)
     if math.prod(array.grid) > MAX_CHUNKS:
-        raise ValueError(f"shape {list(shape)} in chunks of {list(chunks)} is {math.prod(array.grid)} chunks")
+        raise ValueError(f"{described} is {math.prod(array.grid)} chunks")
     return array
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise ValueError("not a JSON object")
-    return meta
 
 
 def _sizes(meta: dict[str, Any], key: str) -> tuple[int, ...]:
     value = meta.get(key)
-    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{key} is {value!r}")
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in value):
+        raise ValueError(f"{key} is {shown(value)}")
     return tuple(value)
 
 
 def _dtype(name: Any) -> np.dtype:
-    if name == "bfloat16":
-        return BFLOAT16
-    if isinstance(name, str):
-        try:
-            dtype = np.dtype(name)
-        except TypeError as error:
-            raise ValueError(f"dtype is {name!r}") from error
-        if dtype.kind in "fiub" and dtype.isnative:
-            return dtype
-    raise ValueError(f"dtype is {name!r}")
+    # looked up, not parsed: numpy reads a small language in these strings
+    if isinstance(name, str) and name in _DTYPES:
+        return _DTYPES[name]
+    raise ValueError(f"dtype is {shown(name)}")
+
+
+def _check_fill(meta: dict[str, Any]) -> None:
+    """What absent chunks hold must be what bridge takes them for."""
+    value = meta.get("fill_value")
+    if isinstance(value, (dict, list, str)) or value:
+        raise ValueError(f"fill_value is {shown(value)}, and Orbax writes none or zero")
+
+
+def _check_codecs(codecs: Any, depth: int) -> None:
+    if not isinstance(codecs, list) or depth > 2:
+        raise ValueError(f"codecs are {shown(codecs)}")
+    for codec in codecs:
+        name = codec.get("name") if isinstance(codec, dict) else None
+        if not isinstance(name, str) or name not in _CODECS:
+            raise ValueError(f"a codec is {shown(name)}, and Orbax writes {', '.join(sorted(_CODECS))}")
+        if name == "sharding_indexed":
+            settings = codec.get("configuration")
+            for inner in ("codecs", "index_codecs"):
+                _check_codecs(settings.get(inner) if isinstance(settings, dict) else None, depth + 1)

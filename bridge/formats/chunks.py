@@ -1,0 +1,48 @@
+"""Arrays in any chunk grid, read a chunk at a time: what :mod:`bridge.formats.stream` cannot stream.
+
+Each chunk is decoded into a buffer of its declared size and must fill it exactly, whatever its
+bytes claim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bridge.formats.ocdbt import Extent
+from bridge.formats.stream import read_chunk
+from bridge.formats.zarr import ZarrArray
+
+Find = Callable[[int], tuple[Path | None, Extent] | None]
+"""Where the chunk of a number (in C order of the grid) lies; None for one that holds only zeros."""
+
+
+def read(array: ZarrArray, find: Find, rows: range, label: str) -> np.ndarray:
+    """Rows of an array along its first axis (of a scalar, the one there is).
+
+    Raises:
+        SourceRefused: a chunk cannot be read, or is not of its declared size.
+    """
+    shape, grid = array.spec.shape or (1,), array.grid or (1,)
+    chunk_shape = array.chunks or (1,)
+    result = np.zeros((len(rows), *shape[1:]), array.spec.dtype)
+    if not result.size:
+        return result
+    buffer = np.empty(chunk_shape, array.spec.dtype)
+    for number, position in enumerate(itertools.product(*map(range, grid))):
+        first = position[0] * chunk_shape[0]
+        low, high = max(first, rows.start), min(first + chunk_shape[0], rows.stop)
+        if low >= high or (found := find(number)) is None:
+            continue
+        read_chunk(array, *found, label, buffer)
+        starts = [p * c for p, c in zip(position[1:], chunk_shape[1:], strict=True)]
+        rest = [slice(at, at + c) for at, c in zip(starts, chunk_shape[1:], strict=True)]
+        # what lies beyond the array's end is padding
+        kept = [slice(0, n - at) for at, n in zip(starts, shape[1:], strict=True)]
+        result[(slice(low - rows.start, high - rows.start), *rest)] = buffer[
+            (slice(low - first, high - first), *kept)
+        ]
+    return result
