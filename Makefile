@@ -9,13 +9,15 @@ FOLDERS := bridge adapters cli
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 PINS := pyproject.toml constraints.txt
+FUZZED := safetensors index_json ocdbt ocdbt_dump zarray zarr_json metadata chunk adapter_config record config_json norm_stats
+SECONDS ?= 20
 OLD_ORBAX := .venv-old-orbax
 OLD_PINS := tests/orbax_0_11_13.txt
 CHECK := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bridge needs Python 3.11 or newer; " + sys.executable + " is " + str(v[0]) + "." + str(v[1]) + ". Name another: make PYTHON=python3.12 ...")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint types format clean old-orbax
+.PHONY: help setup demo test bench lint types fuzz format clean old-orbax
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +41,18 @@ lint: $(TESTABLE) ## check style and formatting
 
 types: $(TESTABLE) ## check types
 	$(VENV)/bin/mypy $(FOLDERS)
+
+fuzz: $(TESTABLE) ## fuzz every reader, SECONDS=20 each; needs atheris, and says so where it has no wheel
+	@if ! $(VENV)/bin/python -c 'import atheris' 2>/dev/null && ! $(PIP) install -qq --only-binary :all: --constraint constraints.txt atheris; then \
+		echo "not fuzzed: atheris has no wheel for this machine"; \
+	else \
+		mkdir -p build; \
+		for target in $(FUZZED); do \
+			echo "fuzzing $$target for $(SECONDS) s"; \
+			$(VENV)/bin/python tests/fuzz/run.py $$target --seconds $(SECONDS) >build/fuzz.log 2>&1 || { cat build/fuzz.log; exit 1; }; \
+			grep -E 'number_of_executed_units|peak_rss' build/fuzz.log; \
+		done; \
+	fi
 
 format: $(TESTABLE) ## mend style and formatting
 	$(VENV)/bin/ruff check --fix .

@@ -8,7 +8,6 @@ OCDBT or one zarr directory an array, zarr 2 or 3, any chunk grid, written by on
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,44 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from bridge.errors import Problem, SourceRefused, printable, refuse_if
-from bridge.formats import Format, Slab, Spent, chunks, stream, zstd
+from bridge.errors import Problem, SourceRefused, printable
+from bridge.formats import Format, Slab, Spent, chunks, stream
 from bridge.formats.location import Location, open_regular, tensorstore_context
-from bridge.formats.ocdbt import RECOPY, Extent, check_files, contained, index, whole_file
+from bridge.formats.ocdbt import RECOPY, Extent, contained
+from bridge.formats.orbax_listing import (
+    Stored,
+    list_arrays,
+    longest,
+    open_store,
+    read_tree_metadata,
+    store_spec,
+)
 from bridge.formats.orbax_writing import create
 from bridge.formats.stamps import Stamp, take
-from bridge.formats.zarr import MAX_TEXT, ZarrArray, parse_v2, parse_v3
 from bridge.specs import Spec, box
-from bridge.strict_json import parse_object, shown
 
 ITEM = "params"
 UNFINISHED = ".orbax-checkpoint-tmp"
 LFS = b"version https://git-lfs.github.com/spec/"
 #: what tools leave where a download was cut off
 PARTIAL = (".gstmp", ".incomplete", ".part", ".partial", ".crdownload", ".aria2")
-#: bytes of ``_METADATA``; 100,000 leaves take 35 MB
-MAX_METADATA = 64 << 20
-MAX_NAME = 1024
-V2, V3 = ".zarray", "zarr.json"
 
 _MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, "train_state"}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One array: its metadata, its path in the store, and its chunks, where the index tells."""
-
-    path: str
-    array: ZarrArray
-    chunks: tuple[Extent | None, ...] | None
-    """None for zarr 3; None in the place of a chunk that was left out."""
-    sparse: bool = False
-    """Whether chunks that hold only zeros were left out when it was saved."""
-
-    @property
-    def keys(self) -> Iterator[str]:
-        """The chunks' keys in the store, in C order of the grid."""
-        return (f"{self.path}/{key}" for _, key in self.array.chunk_keys())
 
 
 @dataclass(frozen=True)
@@ -179,9 +163,9 @@ class OrbaxSource:
         key = next(itertools.islice(stored.keys, number, None))
         try:
             if self.ocdbt:
-                value = bytes(_store(self.location, True).read(key).result().value)
+                value = bytes(open_store(self.location, True).read(key).result().value)
             else:
-                value = (self.location / key).read_bytes(_longest(stored.array)) or b""
+                value = (self.location / key).read_bytes(longest(stored.array)) or b""
         except (ValueError, OSError) as error:
             raise self._damaged(name, error) from error
         return None, Extent(len(value), inline=value)
@@ -197,7 +181,7 @@ class OrbaxSource:
         stored = self.arrays[name]
         spec = {
             "driver": stored.array.driver,
-            "kvstore": _store_spec(self.location, self.ocdbt) | {"path": f"{stored.path}/"}
+            "kvstore": store_spec(self.location, self.ocdbt) | {"path": f"{stored.path}/"}
             if self.ocdbt
             else (self.location / stored.path).kvstore(),
             # a missing chunk must be an error: the default reads it as zeros
@@ -216,16 +200,6 @@ class OrbaxSource:
         return SourceRefused(
             Problem(f"{self.location}: {name} cannot be read: {str(error)[:300].split(chr(10))[0]}", RECOPY)
         )
-
-
-def _store_spec(location: Location, ocdbt: bool) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": location.kvstore()} if ocdbt else location.kvstore()
-
-
-def _store(location: Location, ocdbt: bool) -> Any:
-    import tensorstore as ts
-
-    return ts.KvStore.open(_store_spec(location, ocdbt), context=tensorstore_context()).result()
 
 
 def claims(location: Location) -> bool:
@@ -254,7 +228,7 @@ def open_orbax(location: Location) -> OrbaxSource:
     files = params.files() if params.local is not None else []
     stamps = take(params.local / file for file in files) if params.local is not None else {}
     _refuse_leftovers(params, files)
-    tree, sparse = _tree(params)
+    tree, sparse = read_tree_metadata(params)
     ocdbt = (params / "manifest.ocdbt").is_file()
     if not ocdbt and any(name.startswith("ocdbt.process_") for name in params.names()):
         raise SourceRefused(
@@ -263,7 +237,7 @@ def open_orbax(location: Location) -> OrbaxSource:
                 "convert an earlier step, or copy the checkpoint again",
             )
         )
-    arrays = _arrays(params, ocdbt, tree, sparse)
+    arrays = list_arrays(params, ocdbt, tree, sparse)
     if zeros := [name for name, stored in arrays.items() if stored.sparse]:
         notes += (f"{len(zeros)} arrays lack chunks that hold only zeros, as this Orbax saved them",)
     return OrbaxSource(params, root, ocdbt, arrays, notes, stamps=stamps)
@@ -357,174 +331,6 @@ def _refuse_leftovers(params: Location, files: list[str]) -> None:
                 "fetch them with `git lfs pull` in the repository the checkpoint came from",
             )
         )
-
-
-def _tree(params: Location) -> tuple[dict[str, str], bool]:
-    """Read ``_METADATA``: path in the tree (``/``-joined) -> path in the store (``.``-joined).
-
-    The second value says whether chunks of zeros may be absent: Orbax before
-    ``store_array_data_equal_to_fill_value`` did not store them.
-    """
-    file = params / "_METADATA"
-    text = file.read_bytes(MAX_METADATA)
-    if text is None:
-        raise SourceRefused(
-            Problem(
-                f"{file} is missing: the save was not finished, or not copied whole",
-                "convert an earlier step, or copy the checkpoint again",
-            )
-        )
-    try:
-        described = parse_object(text)
-        sparse = not described.get("store_array_data_equal_to_fill_value", False)
-        keys = [
-            tuple(_key(key["key"]) for key in entry["key_metadata"])
-            for entry in described["tree_metadata"].values()
-            if entry["value_metadata"].get("value_type") not in ("None", "Dict", "List")
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceRefused(Problem(f"{file} is damaged: {error!r}", RECOPY)) from error
-    tree: dict[str, str] = {}
-    taken: set[str] = set()
-    problems = []
-    for path in keys:
-        stored = ".".join(path)
-        if not all(path) or any("." in key or "/" in key for key in path) or not path or stored in taken:
-            problems.append(
-                Problem(f"{file}: the tree path {'/'.join(path)!r} cannot be told from others", RECOPY)
-            )
-        if len(stored) > MAX_NAME or not stored.isprintable():
-            problems.append(Problem(f"{file}: the tree path {shown('/'.join(path))} is not safe", RECOPY))
-        taken.add(stored)
-        tree["/".join(path)] = stored
-    refuse_if(problems, SourceRefused)
-    return tree, sparse
-
-
-def _key(key: object) -> str:
-    """One key of a tree path: a name, or a number in a list."""
-    if not isinstance(key, str) and type(key) is not int:
-        raise TypeError(f"a key is {shown(key)}")
-    return str(key)
-
-
-def _arrays(params: Location, ocdbt: bool, tree: Mapping[str, str], sparse: bool) -> dict[str, Stored]:
-    extents = index(params) if ocdbt else None
-    if extents is not None:
-        check_files(params, extents)
-    keys = set(extents) if extents is not None else set(params.files())
-    inside: dict[str, set[str]] = {}
-    for key in keys:
-        # chunk keys may have a `/` of their own; tree paths have none
-        inside.setdefault(key.split("/", 1)[0], set()).add(key)
-    metadata = {
-        path: [f"{path}/{name}" for name in (V2, V3) if f"{path}/{name}" in among]
-        for path, among in inside.items()
-    }
-    stored = set(tree.values())
-    problems = [
-        Problem(f"{params}: {name} is listed in _METADATA, and the store has no such array", RECOPY)
-        for name, path in tree.items()
-        if not metadata.get(path)
-    ]
-    problems += [
-        Problem(f"{params}: the store holds {path}, which _METADATA does not list", RECOPY)
-        for path in sorted(path for path, found in metadata.items() if found and path not in stored)
-    ]
-    problems += [
-        Problem(f"{params}: {path} is described twice, by {V2} and {V3}", RECOPY)
-        for path in sorted(path for path, found in metadata.items() if len(found) > 1)
-    ]
-    refuse_if(problems, SourceRefused)
-
-    arrays: dict[str, Stored] = {}
-    for name, path in tree.items():
-        (key,) = metadata[path]
-        try:
-            text = _description(params, ocdbt, key, extents)
-            array = parse_v2(text) if key.endswith(V2) else parse_v3(text)
-        except (ValueError, OSError) as error:
-            problems.append(Problem(f"{params}: the description of {name} is damaged: {error}", RECOPY))
-            continue
-        found, trouble = _chunks_of(params, array, name, path, inside[path] - {key}, extents, sparse)
-        problems += trouble
-        if found is not None:
-            arrays[name] = found
-    refuse_if(problems, SourceRefused)
-    return arrays
-
-
-def _description(params: Location, ocdbt: bool, key: str, extents: Mapping[str, Extent] | None) -> bytes:
-    """A ``.zarray`` or ``zarr.json``."""
-    if extents is None:
-        return (params / key).read_bytes(MAX_TEXT) or b""
-    extent = extents[key]
-    if extent.length > MAX_TEXT:
-        raise ValueError(f"it has {extent.length} bytes")
-    if extent.inline is not None:
-        return extent.inline
-    return bytes(_store(params, ocdbt).read(key).result().value)
-
-
-def _chunks_of(
-    params: Location,
-    array: ZarrArray,
-    name: str,
-    path: str,
-    keys: set[str],
-    extents: Mapping[str, Extent] | None,
-    sparse: bool,
-) -> tuple[Stored | None, list[Problem]]:
-    """An array whose chunks are all there, or what is wrong with them."""
-    count = math.prod(array.grid)
-    if count > len(keys) and not sparse:
-        missing = count - len(keys)
-        return None, [Problem(f"{params}: {name} lacks {missing} of {count} chunks", RECOPY)]
-    expected = [f"{path}/{key}" for _, key in array.chunk_keys()]
-    missing = sum(key not in keys for key in expected)
-    if missing and not sparse:
-        return None, [Problem(f"{params}: {name} lacks {missing} of {count} chunks", RECOPY)]
-    if beyond := keys - set(expected) - {f"{path}/.zattrs"}:
-        cause = f"{params}: {name} has no place for {len(beyond)} of its chunks (the first: {min(beyond)})"
-        return None, [Problem(cause, RECOPY)]
-    chunks = tuple(
-        None if key not in keys else extents[key] if extents is not None else _file_extent(params, key, array)
-        for key in expected
-    )
-    found = Stored(path, array, None if array.plain is None else chunks, sparse=bool(missing))
-    return found, [
-        Problem(f"{params}: {name} {why} (chunk {key})", RECOPY)
-        for key, extent in zip(expected, chunks, strict=True)
-        if extent is not None and (why := _misfit(array, extent))
-    ]
-
-
-def _file_extent(params: Location, key: str, array: ZarrArray) -> Extent:
-    """A chunk that is a file of its own; how long it is in a bucket is not known before it is read."""
-    return Extent(_chunk_bytes(array), file=key) if params.local is None else whole_file(params.local, key)
-
-
-def _misfit(array: ZarrArray, extent: Extent) -> str:
-    """Why a chunk of these many bytes cannot hold what its shape needs."""
-    size = _chunk_bytes(array)
-    if array.plain == "raw":
-        if extent.length < size:
-            return f"ends {size - extent.length} bytes too soon"
-        return "holds more bytes than its shape" if extent.length > size else ""
-    if array.plain == "zstd" and extent.length * zstd.RATIO < size:
-        return f"cannot be read: {extent.length} bytes of zstd do not decode to {size}"
-    if extent.length > _longest(array):
-        return f"cannot be read: it takes {extent.length} bytes to hold {size}"
-    return ""
-
-
-def _chunk_bytes(array: ZarrArray) -> int:
-    return math.prod(array.chunks) * array.spec.dtype.itemsize
-
-
-def _longest(array: ZarrArray) -> int:
-    """Bytes that a chunk takes at most: zstd adds some to what it cannot compress, zarr 3 an index of parts."""
-    return (2 if array.plain is not None else 32) * _chunk_bytes(array) + 1024
 
 
 FORMAT = Format(name="orbax", claims=claims, open=open_orbax, create=create)
