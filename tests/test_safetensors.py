@@ -471,7 +471,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 def test_a_config_that_is_not_json(tmp_path: Path, text: str) -> None:
     write(tmp_path, {"w": np.ones(3, np.float32)})
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(SourceRefused, match=r"config\.json is not JSON"):
+    with pytest.raises(SourceRefused, match=r"config\.json is (not JSON|nested too deeply)"):
         open_torch(Location.parse(tmp_path))
 
 
