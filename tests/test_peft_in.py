@@ -638,7 +638,7 @@ FILES = {
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_text('{"peft_type": "LO')
     ),
     "a config that is no object": Row(
-        r"it is not a JSON object", lambda s: (s.adapter / CONFIG).write_text("[1]")
+        r"not a JSON object", lambda s: (s.adapter / CONFIG).write_text("[1]")
     ),
     "a config of nested lists": Row(
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_text("[" * 100000)
