@@ -8,6 +8,8 @@ and the ``actions`` that openpi's JAX model sampled from it in ten steps.
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,7 @@ def compare_actions(
     Raises:
         Refusal: transformers does not load the weights whole, or the reference lacks an array.
     """
-    with np.load(reference) as opened:
-        recorded = {name: opened[name] for name in opened.files}
+    recorded = _recorded(reference)
     if missing := sorted(NEEDED - recorded.keys()):
         raise Refusal(
             Problem(
@@ -87,6 +88,17 @@ def compare_actions(
             "the modules above say where; without any, the reference is of another policy",
         )
     ]
+
+
+def _recorded(reference: str | Path) -> dict[str, np.ndarray]:
+    try:
+        # without pickles, which is numpy's default
+        with np.load(reference, allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise Refusal(
+            Problem(f"{reference} is no recording: {error}", "record the actions again, as an .npz")
+        ) from error
 
 
 def _load(directory: Path, recorded: dict[str, np.ndarray]) -> Any:

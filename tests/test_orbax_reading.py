@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,38 @@ def test_file_urls_are_paths(tmp_path: Path, tree: Tree) -> None:
     path = checkpoints.save(tree, tmp_path / "7", quick=True)
     assert Location.parse(f"file://{path}") == Location.parse(path)
     shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "/evil", "a//b", "./x"])
+def test_names_of_assets_in_a_bucket_stay_below_it(tmp_path: Path, tree: Tree, name: str) -> None:
+    """Objects may have any name; as files of an output they must not lead out of it."""
+    path = checkpoints.save(tree, tmp_path / "7", quick=True)
+    prefix = f"bucket/names-{zlib.crc32(name.encode())}/7"
+    url = upload(path, prefix)
+    write_object(f"{prefix}/assets/", name, b"x")
+    with pytest.raises(SourceRefused, match="holds a file named"):
+        bridge.convert(str(url), tmp_path / "made" / "out", to="torch-merged", lora_alpha=2.0)
+    assert not (tmp_path / "made").exists() and not (tmp_path / "evil").exists()
+
+
+def write_object(prefix: str, key: str, value: bytes) -> None:
+    import tensorstore as ts
+
+    spec = {"driver": "memory", "path": prefix}
+    ts.KvStore.open(spec, context=tensorstore_context()).result().write(key, value).result()
+
+
+def test_a_bomb_in_a_bucket(tmp_path: Path, tree: Tree) -> None:
+    """What TensorStore would decode to its end is decoded as far as its shape goes."""
+    import zstandard
+
+    path = checkpoints.save(tree, tmp_path / "7", quick=True, layout="zarr")
+    prefix = "bucket/bomb/7"
+    url = upload(path, prefix)
+    chunk = "params/params.action_in_proj.kernel.value/"
+    made = zstandard.ZstdCompressor(write_content_size=False)
+    write_object(f"{prefix}/{chunk}", "0.0", made.compress(bytes(1 << 26)))
+    with pytest.raises(
+        SourceRefused, match=r"kernel/value (holds more bytes than|cannot be read|ends)|is larger"
+    ):
+        open_orbax(url).read("params/action_in_proj/kernel/value")

@@ -69,7 +69,7 @@ def test_any_change_is_read_or_refused(name: str, tmp_path: Path) -> None:
     # threads of TensorStore's take their address space once
     refused(target, seeds[0], tmp_path)
 
-    @settings(max_examples=50, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.sampled_from(seeds), st.integers(0, 1 << 32))
     def run(seed: bytes, chance: int) -> None:
         refused(target, mutated(seed, target.words, random.Random(chance)), tmp_path)
@@ -80,7 +80,7 @@ def test_any_change_is_read_or_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_any_bytes_are_read_or_refused(name: str, tmp_path: Path) -> None:
-    @settings(max_examples=25, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
         refused(TARGETS[name], data, tmp_path)

@@ -394,6 +394,7 @@ def _adapter_config(data: bytes, scratch: Path) -> None:
     with contextlib.suppress(TimeoutError):
         assert config.rank(module) > 0 and np.isfinite(config.scale(module))
         config.saves(module)
+        config.applies(module)
 
 
 def _adapter_config_seeds() -> list[bytes]:
