@@ -9,11 +9,10 @@ import numpy as np
 import xxhash
 
 from bridge.gaps import Product, Values, gap, gap_after_cast, near, tiles
-from bridge.lora import split
-from bridge.pieces import Matrices
 from bridge.runtimes import Outputs, jax_forward, random_input, torch_forward
 from bridge.sides import Both, Held, Side
 from bridge.specs import BFLOAT16, FLOAT16, FLOAT32
+from bridge.spectrum import effective_rank, spectrum
 
 TOKENS = 5
 #: rounding of one product-sum, in units of the dtype's epsilon, grows with the root of its length
@@ -38,10 +37,17 @@ class Check:
     """Largest relative difference allowed; 0 for equality."""
     bfloat16: float | None = None
     """Relative difference when both runtimes compute in bfloat16, as policies run."""
+    spectrum: tuple[float, ...] = ()
+    """Singular values of the LoRA product of the side that carries it, largest first."""
 
     @property
     def holds(self) -> bool:
         return bool(self.relative <= self.allowed)
+
+    @property
+    def effective_rank(self) -> float | None:
+        """How many directions the LoRA product uses."""
+        return effective_rank(self.spectrum)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class Checker:
             relative,
             allowed,
             float(np.abs(b.narrow - a.narrow).max()) / scale,
+            spectrum(one, both.b if both.b.has_factors else both.a),
         )
 
     def _generator(self, both: Both) -> np.random.Generator:
@@ -139,14 +146,11 @@ def _allowed(both: Both, x: np.ndarray) -> float:
 def values(both: Both, held: Held) -> Values:
     """The weight that a side computes with."""
     one = both.rule.equation.one
-    if held.matrices is not None:
-        a, b, scale = held.matrices.a, held.matrices.b, held.matrices.scale
-    elif held.factors is not None:
-        (a, b), scale = split(one, held.factors.a, held.factors.b), held.factors.scale
-    else:
+    change = held.change(one)
+    if change is None:
         return Values(held.w)
     sizes = dict(zip(one.left, held.w.shape, strict=True))
-    return Values(held.w, Product(one, sizes, Matrices(a.astype(FLOAT32), b.astype(FLOAT32), scale)))
+    return Values(held.w, Product(one, sizes, change))
 
 
 def entries(both: Both) -> tuple[float, float]:

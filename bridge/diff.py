@@ -12,13 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge.checks import values
 from bridge.gaps import gap
-from bridge.lora import singular_values, split
-from bridge.sides import Both, Held, open_side, same_model, walk
-from bridge.specs import FLOAT32
+from bridge.sides import Both, open_side, same_model, walk
+from bridge.spectrum import effective_rank, spectrum
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,8 @@ class Difference:
 
     @property
     def effective_rank(self) -> float | None:
-        """exp of the entropy of the squared singular values: how many directions a product uses."""
-        power = np.square(np.asarray(self.spectrum, np.float64))
-        if not power.sum():
-            return None
-        share = power[power > 0] / power.sum()
-        return float(np.exp(-(share * np.log(share)).sum()))
+        """How many directions the LoRA product uses."""
+        return effective_rank(self.spectrum)
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,7 @@ def _difference(both: Both) -> Difference:
         math.sqrt(found.norm),
         found.largest,
         {(True, True): "both", (True, False): "a", (False, True): "b"}.get(carries, ""),
-        _spectrum(both, held) if held.has_factors else (),
+        spectrum(both.rule.equation.one, held),
     )
 
 
@@ -157,15 +150,3 @@ def _together(a: Difference, b: Difference) -> Difference:
     return replace(
         a, gap=math.hypot(a.gap, b.gap), norm=math.hypot(a.norm, b.norm), max_abs=max(a.max_abs, b.max_abs)
     )
-
-
-def _spectrum(both: Both, held: Held) -> tuple[float, ...]:
-    """Singular values of the scaled LoRA product, without forming it."""
-    if held.matrices is not None:
-        lora_a, lora_b, scale = held.matrices.a, held.matrices.b, held.matrices.scale
-    else:
-        assert held.factors is not None
-        wide = (held.factors.a.astype(FLOAT32), held.factors.b.astype(FLOAT32))
-        (lora_a, lora_b), scale = split(both.rule.equation.one, *wide), held.factors.scale
-    values = singular_values(lora_a.astype(FLOAT32), lora_b.astype(FLOAT32)) * abs(scale)
-    return tuple(float(value) for value in values)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +25,7 @@ from bridge.planner import Plan
 from bridge.plugins import formats
 from bridge.publish import RECORD, publishing
 from bridge.record import combined, record_text
+from bridge.schedule import Load, schedule
 from bridge.step import Step, run_step
 
 if TYPE_CHECKING:
@@ -200,53 +199,52 @@ def run_steps(
         Refusal: the source cannot be read.
     """
     sources, steps = plan.inputs.sources, output.steps
-    # the longest first: it would otherwise run alone at the end
-    order = deque(sorted(range(len(steps)), key=lambda i: (-steps[i].bytes_read - steps[i].bytes_written, i)))
-    done: dict[int, Done] = {}
-    running: dict[Future[Done], int] = {}
-    own = ThreadPoolExecutor(plan.workers, thread_name_prefix="bridge") if executor is None else None
-    stop = threading.Event()
+    loads = [Load(step.bytes_read + step.bytes_written, step.memory) for step in steps]
+    if executor is None:
+        done = _on_threads(plan, steps, loads, sink, tick)
+    else:
+        unless = None if abandoned is None else _Unless(abandoned)
+        submitted: list[Future[Done]] = []
 
-    def submit(step: Step) -> Future[Done]:
-        if own is not None:
-            return own.submit(run_step, step, sources, sink, _stoppable(tick, stop))
-        assert executor is not None
-        return executor.submit(
-            run_step, step, sources, sink, _Unless(abandoned) if abandoned is not None else None
-        )
+        def submit(number: int) -> Future[Done]:
+            submitted.append(executor.submit(run_step, steps[number], sources, sink, unless))
+            return submitted[-1]
 
-    # a worker is a thread already: threads of the linear algebra's own would only wait for each other
-    blas = threadpool_limits(1, user_api="blas") if own is not None else contextlib.nullcontext()
-    try:
-        while order or running:
-            held = sum(steps[i].memory for i in running.values())
-            while order and len(running) < plan.workers:
-                fits = next((i for i in order if held + steps[i].memory <= plan.memory_budget), None)
-                if fits is None:
-                    break
-                order.remove(fits)
-                held += steps[fits].memory
-                running[submit(steps[fits])] = fits
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                number = running.pop(future)
-                done[number] = future.result()
-                if own is None:
-                    tick(sum(plan.inputs.spec(read).nbytes for read in steps[number].reads))
-    finally:
-        # on an error, steps under way stop at their next block, so that nothing outlives this call
-        stop.set()
-        if own is not None:
-            own.shutdown(wait=True, cancel_futures=True)
-        elif running:
+        def finished(number: int) -> None:
+            tick(sum(plan.inputs.spec(read).nbytes for read in steps[number].reads))
+
+        try:
+            done = schedule(submit, loads, workers=plan.workers, budget=plan.memory_budget, finished=finished)
+        except BaseException:
             # not cancelled: dask calls a step cancelled that works on, in a directory that is about to go
             if abandoned is not None:
                 abandoned.touch()
-            wait(running)
-        blas.__exit__(None, None, None)
-    ordered = [done[i] for i in range(len(steps))]
-    refuse_if((problem for each in ordered for problem in each.problems), ValueRefused)
-    return ordered
+            wait(submitted)
+            raise
+    refuse_if((problem for each in done for problem in each.problems), ValueRefused)
+    return done
+
+
+def _on_threads(
+    plan: Plan, steps: Sequence[Step], loads: Sequence[Load], sink: Sink, tick: Tick
+) -> list[Done]:
+    stop = threading.Event()
+    stoppable = _stoppable(tick, stop)
+
+    # a worker is a thread already: threads of the linear algebra's own would only wait for each other
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(plan.workers, thread_name_prefix="bridge") as pool,
+    ):
+
+        def submit(number: int) -> Future[Done]:
+            return pool.submit(run_step, steps[number], plan.inputs.sources, sink, stoppable)
+
+        try:
+            return schedule(submit, loads, workers=plan.workers, budget=plan.memory_budget)
+        finally:
+            # on an error, steps under way stop at their next slab, so that nothing outlives this call
+            stop.set()
 
 
 class _Stopped(Refusal):

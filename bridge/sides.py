@@ -19,16 +19,18 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bridge import converters
-from bridge.axes import Index
+from bridge.axes import Equation, Index
 from bridge.checkpoint import Checkpoint, open_source, understand, weight_names
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
+from bridge.lora import split
 from bridge.model import Model, Part
 from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
 from bridge.rule import Rule
 from bridge.scales import Scale, scales
 from bridge.schedule import Load, schedule
+from bridge.specs import FLOAT32
 
 T = TypeVar("T")
 
@@ -74,6 +76,20 @@ class Held:
     @property
     def has_factors(self) -> bool:
         return self.factors is not None or self.matrices is not None
+
+    def change(self, one: Equation) -> Matrices | None:
+        """What the factors add to the weight, as two matrices in float32; None without factors.
+
+        Args:
+            one: equation of one weight.
+        """
+        if self.matrices is not None:
+            a, b, scale = self.matrices.a, self.matrices.b, self.matrices.scale
+        elif self.factors is not None:
+            (a, b), scale = split(one, self.factors.a, self.factors.b), self.factors.scale
+        else:
+            return None
+        return Matrices(a.astype(FLOAT32), b.astype(FLOAT32), scale)
 
 
 @dataclass(frozen=True)

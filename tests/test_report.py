@@ -152,6 +152,14 @@ def test_failing_verdict_names_the_worst_first_with_cause_and_fix() -> None:
     assert len(rows) == 2 and all("k_proj" in row for row in rows)  # of its kind, and one by one
 
 
+def test_verification_shows_what_lora_uses() -> None:
+    plain = Reader(verify_report(verdict())).text
+    assert "LoRA spectra" not in plain and "Effective rank" not in plain
+    lora = [dataclasses.replace(each, spectrum=SPECTRUM) for each in verdict().checks]
+    text = Reader(verify_report(dataclasses.replace(verdict(), checks=tuple(lora)))).text
+    assert "LoRA spectra" in text and "Effective rank" in text
+
+
 def test_failure_beside_the_weights_is_told_apart() -> None:
     text = Reader(verify_report(verdict(4e-7, Problem("norm stats differ", "copy them")))).text
     assert "Not the same policy" in text and "something beside them does not" in text

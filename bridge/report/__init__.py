@@ -32,6 +32,7 @@ def verify_report(verdict: Verdict) -> str:
         *_problems(verdict.problems),
         *_errors([check for check in verdict.checks if check.kind == "runtime" or not check.holds]),
         *_drift([check for check in verdict.checks if check.bfloat16 is not None]),
+        *_spectra([check for check in verdict.checks if any(check.spectrum)]),
         *_checks(verdict.checks),
     )
 
@@ -211,7 +212,7 @@ def _changes(differences: Sequence[Difference]) -> list[Html]:
     ]
 
 
-def _spectra(weights: Sequence[Difference]) -> list[Html]:
+def _spectra(weights: Sequence[Weight]) -> list[Html]:
     if not weights:
         return []
     scale = Scale.over((value for each in weights for value in each.spectrum), decades=6)

@@ -1,0 +1,32 @@
+"""What a LoRA product does, in directions: its singular values, and how many of them count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bridge.axes import Equation
+from bridge.lora import singular_values
+from bridge.sides import Held
+from bridge.specs import all_finite
+
+
+def spectrum(one: Equation, held: Held) -> tuple[float, ...]:
+    """Singular values of the scaled product of a weight's factors, largest first.
+
+    Empty without factors, and where they are not finite. The product is never formed.
+    """
+    change = held.change(one)
+    if change is None or not (all_finite(change.a) and all_finite(change.b)):
+        return ()
+    return tuple(float(value) for value in singular_values(change.a, change.b) * abs(change.scale))
+
+
+def effective_rank(values: Sequence[float]) -> float | None:
+    """exp of the entropy of the squared singular values: how many directions a product uses."""
+    power = np.square(np.asarray(values, np.float64))
+    if not power.sum():
+        return None
+    share = power[power > 0] / power.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
