@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import tarfile
@@ -738,7 +737,7 @@ def in_little_memory(content: bytes) -> Provoke:
 
     def provoke(scene: Scene) -> None:
         model_file(content)(scene)
-        scene.limits = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        scene.limits = "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))"
         scene.environment = {"OPENBLAS_NUM_THREADS": "1"}
 
     return provoke
