@@ -899,6 +899,17 @@ def test_fault(fault: Fault, scene: Scene) -> None:
         check(fault, scene)
 
 
+@pytest.mark.parametrize("fault", [fault for fault in provoked(ROWS)[::9] if fault.values[0].expect.code])
+def test_who_only_looks_is_told_as_well(fault: Fault, scene: Scene) -> None:
+    """inspect, verify and diff read by the same readers, and end the same way: here, a sample of the rows."""
+    assert fault.provoke is not None
+    fault.provoke(scene)
+    for arguments in (["inspect"], ["inspect", "--json"], ["verify"], ["diff", os.fspath(scene.src)]):
+        ran = run_here([*arguments, os.fspath(scene.src)])
+        assert ran.code in (0, 1), ran
+        assert "fault of bridge's own" not in ran.err and "Traceback" not in ran.err, ran.err
+
+
 def test_every_fault_of_a_source_has_a_row() -> None:
     # what changes while it is read is among the faults of the file system
     assert {fault.number for fault in ROWS} == set(range(1, 33)) - {16}
