@@ -106,11 +106,14 @@ def test_checksums_come_from_what_was_compared(
 ) -> None:
     """No array is read a second time for the record, and a record that says otherwise is seen."""
     read = []
-    inner = record._checksum
-    monkeypatch.setattr(record, "_checksum", lambda source, name: read.append(name) or inner(source, name))
+    inner = record._holds
+    monkeypatch.setattr(
+        record, "_holds", lambda source, name, recorded: read.append(name) or inner(source, name, recorded)
+    )
     verdict = verify(*pair, lora_alpha=ALPHA)
     assert verdict.holds and verdict.files[str(pair[1] / "bridge.json")]
-    assert read == []
+    # but for what no runtime uses, which is compared with nothing
+    assert read == list(verdict.unused)
 
 
 def test_twins_that_differ_are_named(tmp_path: Path) -> None:
