@@ -151,9 +151,12 @@ class LeafWriter:
     def held(self, rule: Rule, sizes: Mapping[str, int]) -> int:
         """Bytes that a step holds while it writes: the chunks that one weight fills together."""
         cell = Spec(self.cell(rule.equation), self.spec.dtype).nbytes
-        one = math.prod(sizes[axis] for axis in rule.equation.one.left) * self.spec.dtype.itemsize
-        # beside a chunk stands its compressed form
-        return min(max(cell, one), self.spec.nbytes) + min(cell, RUN_BYTES)
+        one = rule.equation.one
+        if tuple(axis for group in one.right for axis in group) == one.left:
+            return cell  # what comes in its order is written as it comes
+        return min(
+            max(cell, Spec(tuple(sizes[a] for a in one.left), self.spec.dtype).nbytes), self.spec.nbytes
+        )
 
     def open(self, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults) -> Session:
         return _LeafSession(self, rule, sizes, sink, faults)

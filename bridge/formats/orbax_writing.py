@@ -23,6 +23,8 @@ from bridge.specs import BFLOAT16, Spec, box, cells, raw, run_shape
 ITEM = "params"
 #: Orbax's own
 ZSTD_LEVEL = 1
+#: compressed at a time
+PIECE = 1 << 20
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
@@ -60,13 +62,16 @@ class OrbaxSink:
             padded = np.zeros(chunk, values.dtype)
             padded[box((0,) * len(chunk), values.shape)] = values
             values = padded
-        data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(raw(values))
+        data = raw(values)
         path = _directory(self.params, name) / (".".join(map(str, number)) or "0")
-        with path.open("xb", buffering=0) as file:
-            done = 0
-            while done < len(data):
-                done += file.write(memoryview(data)[done:])
-            self.behind.wrote(file.fileno(), 0, len(data))
+        with path.open("xb") as file:
+            # a piece at a time: memory for all of it at once would be new, and cost more than compressing
+            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+            with compressor.stream_writer(file, size=len(data), write_size=PIECE, closefd=False) as encoded:
+                for start in range(0, len(data), PIECE):
+                    encoded.write(data[start : start + PIECE])
+            file.flush()
+            self.behind.wrote(file.fileno(), 0, file.tell())
 
     def finish(self) -> None:
         self.behind.finish()

@@ -28,7 +28,7 @@ from bridge.specs import Spec, cells, raw, run_shape
 
 READ_BYTES = 1 << 20
 #: how far ahead of the decoder the disk is asked to read
-AHEAD_BYTES = 16 << 20
+AHEAD_BYTES = 32 << 20
 
 
 def cut_axis(array: ZarrArray) -> int | None:

@@ -6,6 +6,7 @@ time; writing puts every tensor at its final offset of a file that is laid out f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -28,6 +29,8 @@ from bridge.strict_json import parse, parse_object, shown
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+#: how far ahead within a tensor the disk is asked to read
+AHEAD_BYTES = 32 << 20
 #: the most that one call reads or writes: Linux itself stops at 2 GiB, other systems refuse that much
 CALL_BYTES = 32 << 20
 #: names of pickles, which are never opened
@@ -74,6 +77,11 @@ class TorchSource:
             raise IndexError(f"rows of {name} are read in order: no step {step}")
         return self._rows(name, start, max(start, stop))
 
+    def expect(self, name: str) -> None:
+        path, placed = self.files[name]
+        with contextlib.suppress(OSError, SourceRefused), open_regular(path) as file:
+            will_read(file.fileno(), placed.offset, placed.spec.nbytes)
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
     ) -> Iterator[Slab]:
@@ -85,7 +93,7 @@ class TorchSource:
         for at, part in cells(spec.shape, slab):
             values = buffer[: math.prod(part)]
             began = time.perf_counter()
-            self._read_into(name, raw(values), done, ahead=SLAB_BYTES)
+            self._read_into(name, raw(values), done, ahead=AHEAD_BYTES)
             if spent is not None:
                 spent.read += time.perf_counter() - began
             done += values.nbytes
