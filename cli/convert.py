@@ -158,7 +158,8 @@ def _result_lines(result: Result) -> list[str]:
 def _floor_lines(result: Result) -> list[str]:
     """How the run compares with its own reading and writing, where that was measured."""
     spent, workers = result.spent, result.workers
-    if not result.floor:
+    # of a moment's work the ratio says nothing
+    if not result.floor or result.converting_seconds < 1:
         return []
     return [
         f"             {result.converting_seconds / result.floor:.1f} x its floor: {workers} workers read "
