@@ -8,7 +8,6 @@ asks for :func:`pieces`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -138,11 +137,7 @@ class TensorWeights:
 
     def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
         """Every weight, one tensor after the other."""
-        following = [*self.tensors.values()][1:]
-        for index, after in itertools.zip_longest(self.tensors, following):
-            if after is not None:
-                # the disk reads on while this one is worked on
-                sources[after[0]].expect(after[1])
+        for index in self.tensors:
             yield from self.regions_of(index, rule, sources, done, tick)
         for index, twin in self.twins.items():
             digest = xxhash.xxh3_128()

@@ -14,7 +14,7 @@ import pytest
 import bridge
 from bridge.checkpoint import open_source
 from bridge.errors import SourceRefused
-from bridge.formats import stream
+from bridge.formats import part, stream
 from bridge.formats.location import Location, tensorstore_context
 from bridge.formats.orbax import OrbaxSource, open_orbax
 from bridge.specs import box
@@ -121,7 +121,7 @@ def test_streams_in_blocks_of_any_size(
     source = open_orbax(Location.parse(checkpoints.save(tree, tmp_path / "7", **options)))
     monkeypatch.setattr(stream, "SLAB_BYTES", block)
     monkeypatch.setattr(stream, "READ_BYTES", 96)
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 200)
+    monkeypatch.setattr(part, "AHEAD_BYTES", 200)
     assert_reads(source, tree)
     for name, spec in source.specs.items():
         if source.how(name) == "streamed":

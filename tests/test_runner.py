@@ -337,9 +337,6 @@ class Arrays:
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         return self.arrays[name] if rows is None else self.arrays[name][rows]
 
-    def expect(self, name: str) -> None:
-        assert name in self.arrays
-
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
     ) -> Iterator[Slab]:

@@ -91,10 +91,6 @@ class Source(Protocol):
         """The array, or the rows asked for. Raises KeyError, SourceRefused."""
         ...
 
-    def expect(self, name: str) -> None:
-        """Know that an array will be read soon: the disk may begin on it meanwhile."""
-        ...
-
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
     ) -> Iterator[Slab]:

@@ -94,10 +94,6 @@ class OrbaxSource:
         one: np.ndarray = self._rows(name, range(at, at + 1))[0]
         return one
 
-    def expect(self, name: str) -> None:
-        # a leaf is read by a step of its own, which has the disk read ahead of it
-        pass
-
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
     ) -> Iterator[Slab]:

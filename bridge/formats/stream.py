@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,15 +19,12 @@ import numpy as np
 
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import SLAB_BYTES, Slab, Spent, zstd
-from bridge.formats.location import open_regular
 from bridge.formats.ocdbt import RECOPY, Extent
-from bridge.formats.syscalls import will_read
+from bridge.formats.part import open_part
 from bridge.formats.zarr import ZarrArray
 from bridge.specs import Spec, cells, raw, run_shape
 
 READ_BYTES = 1 << 20
-#: how far ahead of the decoder the disk is asked to read
-AHEAD_BYTES = 32 << 20
 
 
 def cut_axis(array: ZarrArray) -> int | None:
@@ -130,17 +126,12 @@ def _decoded(array: ZarrArray, path: Path | None, extent: Extent, label: str, sp
 
 
 class _Range(io.RawIOBase):
-    """Part of a file, or bytes from the index, as a stream that has the disk read ahead.
-
-    A zstd frame is followed on its way.
-    """
+    """Part of a file, or bytes from the index, as a stream. A zstd frame is followed on its way."""
 
     def __init__(self, path: Path | None, extent: Extent, frame: zstd.Frame | None) -> None:
-        # unbuffered: the readers above ask for a megabyte at a time
-        self._file = None if path is None else open_regular(path)
+        self._part = None if path is None else open_part(path, extent.offset, extent.length)
         self._inline = memoryview(extent.inline or b"")
         self._at, self._end = extent.offset, extent.offset + extent.length
-        self._asked = extent.offset
         self._frame = frame
         self.seconds = 0.0
 
@@ -149,16 +140,11 @@ class _Range(io.RawIOBase):
 
     def readinto(self, into: memoryview) -> int:  # type: ignore[override]
         began = time.perf_counter()
-        want = min(len(into), self._end - self._at, 1 << 30)
-        if self._file is None:
-            into[:want] = self._inline[self._at : self._at + want]
-            got = want
+        if self._part is None:
+            got = min(len(into), self._end - self._at)
+            into[:got] = self._inline[self._at : self._at + got]
         else:
-            if self._asked < min(self._at + AHEAD_BYTES // 2, self._end):
-                ask = min(AHEAD_BYTES, self._end - self._asked)
-                will_read(self._file.fileno(), self._asked, ask)
-                self._asked += ask
-            got = os.preadv(self._file.fileno(), [memoryview(into)[:want]], self._at) if want else 0
+            got = self._part.readinto(memoryview(into))
         self._at += got
         if self._frame is not None:
             self._frame.feed(memoryview(into)[:got])
@@ -174,8 +160,8 @@ class _Range(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._part is not None:
+            self._part.close()
         super().close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 from collections import deque
@@ -118,3 +119,29 @@ def will_read(fd: int, offset: int, length: int) -> None:
     """Start reading a part of a file from the disk, for a read that comes soon."""
     if hasattr(os, "posix_fadvise") and length > 0:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def is_cached(fd: int, offset: int, length: int) -> bool:
+    """Whether a part of a file lies in the page cache already, as far as a few looks can tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    look = bytearray(1)
+    try:
+        return all(
+            os.preadv(fd, [look], offset + place, os.RWF_NOWAIT)
+            for place in (0, length // 3, 2 * length // 3, length - 1)
+        )
+    except OSError:
+        return False
+
+
+def go_direct(fd: int, on: bool) -> bool:
+    """Have reads go around the page cache, or through it again; whether that changed anything."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    wanted = flags | direct if on else flags & ~direct
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+    except OSError:
+        return False
+    return wanted != flags

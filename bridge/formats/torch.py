@@ -19,19 +19,18 @@ import numpy as np
 
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
-from bridge.formats.location import Location, open_regular
+from bridge.formats.location import Location
+from bridge.formats.part import Part, open_part
 from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
 from bridge.formats.stamps import Stamp, take
-from bridge.formats.syscalls import WriteBehind, allocate, will_read
+from bridge.formats.syscalls import WriteBehind, allocate
 from bridge.specs import Spec, cells, raw, run_shape
 from bridge.strict_json import parse, parse_object, shown
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-#: how far ahead within a tensor the disk is asked to read
-AHEAD_BYTES = 32 << 20
-#: the most that one call reads or writes: Linux itself stops at 2 GiB, other systems refuse that much
+#: the most that one call writes: Linux itself stops at 2 GiB, other systems refuse that much
 CALL_BYTES = 32 << 20
 #: names of pickles, which are never opened
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -77,11 +76,6 @@ class TorchSource:
             raise IndexError(f"rows of {name} are read in order: no step {step}")
         return self._rows(name, start, max(start, stop))
 
-    def expect(self, name: str) -> None:
-        path, placed = self.files[name]
-        with contextlib.suppress(OSError, SourceRefused), open_regular(path) as file:
-            will_read(file.fileno(), placed.offset, placed.spec.nbytes)
-
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
     ) -> Iterator[Slab]:
@@ -89,43 +83,55 @@ class TorchSource:
         spec = Spec(placed.spec.shape if shape is None else shape, placed.spec.dtype)
         slab = run_shape(spec, SLAB_BYTES)
         buffer = np.empty(math.prod(slab), spec.dtype)
-        done = 0
-        for at, part in cells(spec.shape, slab):
-            values = buffer[: math.prod(part)]
-            began = time.perf_counter()
-            self._read_into(name, raw(values), done, ahead=AHEAD_BYTES)
-            if spent is not None:
-                spent.read += time.perf_counter() - began
-            done += values.nbytes
-            yield at, values.reshape(part)
+        with self._part(name, placed.offset, placed.spec.nbytes) as part:
+            for at, region in cells(spec.shape, slab):
+                values = buffer[: math.prod(region)]
+                began = time.perf_counter()
+                self._fill(name, part, raw(values))
+                if spent is not None:
+                    spent.read += time.perf_counter() - began
+                yield at, values.reshape(region)
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         spec = self.files[name][1].spec
         shape = spec.shape or (1,)
         rows = np.empty((stop - start, *shape[1:]), spec.dtype)
-        self._read_into(name, raw(rows), start * (spec.nbytes // max(shape[0], 1)), ahead=0)
+        offset = self.files[name][1].offset + start * (spec.nbytes // max(shape[0], 1))
+        with self._part(name, offset, rows.nbytes) as part:
+            self._fill(name, part, raw(rows))
         return rows
 
-    def _read_into(self, name: str, into: memoryview, offset: int, *, ahead: int) -> None:
-        """Fill ``into`` with a tensor's bytes from ``offset`` on; the disk is asked for what comes after."""
-        path, placed = self.files[name]
-        left = placed.spec.nbytes - offset - len(into)
-        offset += placed.offset
-        try:
-            with open_regular(path) as file:
-                will_read(file.fileno(), offset + len(into), min(ahead, left))
-                done = 0
-                while done < len(into):
-                    got = os.preadv(file.fileno(), [into[done : done + CALL_BYTES]], offset + done)
-                    if got == 0:
-                        raise SourceRefused(
-                            Problem(f"{path}: {name} ends {len(into) - done} bytes too soon", "copy it again")
+    @contextlib.contextmanager
+    def _part(self, name: str, offset: int, length: int) -> Iterator[Part]:
+        with self._named(name):
+            part = open_part(self.files[name][0], offset, length)
+        with contextlib.closing(part):
+            yield part
+
+    def _fill(self, name: str, part: Part, into: memoryview) -> None:
+        with self._named(name):
+            done = 0
+            while done < len(into):
+                got = part.readinto(into[done:])
+                if got == 0:
+                    raise SourceRefused(
+                        Problem(
+                            f"{self.files[name][0]}: {name} ends {len(into) - done} bytes too soon",
+                            "copy it again",
                         )
-                    done += got
+                    )
+                done += got
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Say which tensor cannot be read."""
+        try:
+            yield
         except OSError as error:
             raise SourceRefused(
                 Problem(
-                    f"{path}: {name} cannot be read: {error.strerror}", "check the file and its permissions"
+                    f"{self.files[name][0]}: {name} cannot be read: {error.strerror}",
+                    "check the file and its permissions",
                 )
             ) from error
 

@@ -1,0 +1,152 @@
+"""Part of a file, in order, read ahead of who takes it.
+
+A checkpoint is read once, and is as large as the page cache. Where its pages are not there yet,
+they are read around the cache (``O_DIRECT``): taking them in costs several times what reading
+them does, and pushes out what other programs on the machine need. A thread reads the next block
+while one is worked on. Where a system or a file system has no such thing, plain reads serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from bridge.formats.location import open_regular
+from bridge.formats.syscalls import go_direct, is_cached, will_read
+
+BLOCK_BYTES = 4 << 20
+#: what is shorter is read plainly
+LEAST_BYTES = 1 << 20
+#: of what goes around the cache, offsets and lengths are multiples of this: no disk has larger blocks
+ALIGN = 4096
+#: how far ahead the disk is asked to read into the cache
+AHEAD_BYTES = 32 << 20
+
+
+class Part(Protocol):
+    """A part of a file being read."""
+
+    def readinto(self, into: memoryview) -> int:
+        """Fill some of ``into`` with what comes next, and say how much; 0 at the end. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading."""
+        ...
+
+
+def open_part(path: Path, offset: int, length: int) -> Part:
+    """Open a part of a regular file for reading once. Raises OSError."""
+    file = open_regular(path)
+    fd = file.fileno()
+    if length >= LEAST_BYTES and not is_cached(fd, offset, length) and go_direct(fd, True):
+        with contextlib.suppress(RuntimeError):  # no more threads are allowed
+            return _Direct(file, offset, length)
+        go_direct(fd, False)
+    return _Plain(file, offset, length)
+
+
+class _Plain:
+    """Through the page cache."""
+
+    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
+        self._file = file
+        self._at, self._end = offset, offset + length
+        self._asked = offset
+
+    def readinto(self, into: memoryview) -> int:
+        if self._asked < min(self._at + AHEAD_BYTES // 2, self._end):
+            ask = min(AHEAD_BYTES, self._end - self._asked)
+            will_read(self._file.fileno(), self._asked, ask)
+            self._asked += ask
+        want = min(len(into), self._end - self._at, AHEAD_BYTES)
+        got = os.preadv(self._file.fileno(), [into[:want]], self._at) if want else 0
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        self._file.close()
+
+
+#: buffers that no part uses now: new memory costs as much as reading into it
+_spare: list[mmap.mmap] = []
+
+
+class _Direct:
+    """Around the page cache, in aligned blocks: one is taken while a thread reads the next."""
+
+    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
+        self._file = file
+        self._at, self._end = offset, offset + length
+        self._next = offset // ALIGN * ALIGN
+        self._thread = ThreadPoolExecutor(1, "bridge-read")
+        self._asked: deque[tuple[int, mmap.mmap, Future[int]]] = deque()
+        self._block: mmap.mmap | None = None
+        self._left = memoryview(b"")
+        self._ask()
+        self._ask()
+
+    def readinto(self, into: memoryview) -> int:
+        if not self._left:
+            self._take()
+        got = min(len(into), len(self._left))
+        into[:got] = self._left[:got]
+        self._left = self._left[got:]
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        # a buffer may go to another part only when nothing is read into it any more
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+        self._release()
+        _spare.extend(buffer for _, buffer, _ in self._asked)
+        self._asked.clear()
+
+    def _ask(self) -> None:
+        if self._next < self._end:
+            buffer = _spare.pop() if _spare else mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE)
+            future = self._thread.submit(read_block, self._file.fileno(), buffer, self._next)
+            self._asked.append((self._next, buffer, future))
+            self._next += BLOCK_BYTES
+
+    def _take(self) -> None:
+        """Have the next block at hand, and the one after it read."""
+        self._release()
+        self._ask()
+        if self._asked:
+            start, self._block, future = self._asked.popleft()
+            stop = min(future.result(), self._end - start)
+            self._left = memoryview(self._block)[self._at - start : stop]
+
+    def _release(self) -> None:
+        if self._block is not None:
+            self._left.release()
+            self._left = memoryview(b"")
+            _spare.append(self._block)
+            self._block = None
+
+
+def read_block(fd: int, buffer: mmap.mmap, offset: int) -> int:
+    """Read a block from where it begins, and say how much of it the file has."""
+    done = 0
+    while done < BLOCK_BYTES:
+        try:
+            # a whole number of the disk's blocks, until the end of the file
+            got = os.preadv(fd, [memoryview(buffer)[done:]], offset + done)
+        except OSError as error:
+            # some file systems take the flag and refuse the read
+            if error.errno != errno.EINVAL or not go_direct(fd, False):
+                raise
+            continue
+        done += got
+        if got == 0 or done % ALIGN:
+            break
+    return done
