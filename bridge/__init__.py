@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from bridge.description import Description, describe
     from bridge.errors import Problem, Refusal
     from bridge.model import Adapter, Companions, Facts, Layout, Model, Multiple, Part, Unused
-    from bridge.planner import Plan, plan
+    from bridge.planned import Plan
+    from bridge.planner import plan
     from bridge.rule import Factors, Rule
     from bridge.runner import Result, run
 
@@ -25,7 +26,8 @@ _HOMES = {
     "description": ("Description", "describe"),
     "errors": ("Problem", "Refusal"),
     "model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
-    "planner": ("Plan", "plan"),
+    "planned": ("Plan",),
+    "planner": ("plan",),
     "rule": ("Factors", "Rule"),
     "runner": ("Result", "run"),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bridge import converters
 from bridge.card import model_card
-from bridge.checkpoint import Checkpoint, weight_names
+from bridge.checkpoint import Checkpoint
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
 from bridge.inputs import Inputs
@@ -22,7 +22,7 @@ from bridge.scales import Scale
 from bridge.writers import AdapterWriter
 
 if TYPE_CHECKING:
-    from bridge.planner import Options
+    from bridge.options import Options
 
 BASE = "base"
 
@@ -122,7 +122,7 @@ def _weights_of(checkpoint: Checkpoint) -> dict[str, str]:
     for part in checkpoint.model.parts:
         sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
         for rule in part.rules:
-            for _, name in weight_names(rule, sizes):
+            for _, name in rule.weights(sizes):
                 found[name] = checkpoint.stored[rule.leaf if checkpoint.layout is None else name]
     return found
 

@@ -17,7 +17,8 @@ from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefuse
 from bridge.formats import Source
 from bridge.formats.location import Location
 from bridge.formats.stamps import changed
-from bridge.planner import Plan, plan
+from bridge.planned import Plan
+from bridge.planner import plan
 from bridge.runner import Progress, Result, run, run_steps
 from bridge.specs import BFLOAT16, Spec, box
 from bridge.tree import ROOT

@@ -11,7 +11,7 @@ from bridge.peft import A
 from bridge.scales import Scale
 
 if TYPE_CHECKING:
-    from bridge.planner import Options
+    from bridge.options import Options
 
 _LOADING = {
     "openpi": """\

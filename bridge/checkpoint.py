@@ -6,16 +6,22 @@ Everything is found from names and shapes. What is wrong is collected, not raise
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge import converters
+from bridge.coverage import (
+    absence_problems,
+    count_problems,
+    dtype_problems,
+    factor_problems,
+    fit_problems,
+)
 from bridge.errors import CheckpointRefused, Problem, SourceRefused
 from bridge.formats import Format, Source
 from bridge.formats.location import Location
-from bridge.formats.safetensors import MAX_TENSORS, pickle_problem
+from bridge.formats.safetensors import pickle_problem
 from bridge.formats.torch import pickles
 from bridge.graph import State
 from bridge.model import Adapter, Layout, Model, Part
@@ -25,8 +31,7 @@ from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
 from bridge.record import read_record
 from bridge.rule import Rule
 from bridge.sizes import Seen, solve
-from bridge.specs import WEIGHT_DTYPES
-from bridge.tree import Tree, read_tree
+from bridge.tree import read_tree
 
 #: layers that may be missing below the highest before the number itself is taken for the fault
 MAX_GAP = 1000
@@ -138,9 +143,9 @@ def _from_leaves(source: Source) -> Checkpoint:
     fit = fit_leaves(tree.stored)
     if fit is None:
         raise unknown(source, tree.stored)
-    problems += _fit_problems(source, fit, "leaf")
-    problems += _dtype_problems(source)
-    problems += _factor_problems(source, fit.model, tree)
+    problems += fit_problems(source, fit, "leaf")
+    problems += dtype_problems(source)
+    problems += factor_problems(source, fit.model, tree)
     seen: list[Seen] = []
     for part in fit.model.parts:
         for rule in part.rules:
@@ -160,7 +165,7 @@ def _from_leaves(source: Source) -> Checkpoint:
                 seen += _seen(fit.model, part, zip(((a,) for a in axes), shape, strict=True), leaf)
     sizes, disagreements = solve(_with_choices(fit.model, seen), fit.model)
     problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
-    problems += _count_problems(source, fit.model, sizes)
+    problems += count_problems(source, fit.model, sizes)
     return Checkpoint(
         source, fit.adapter, fit.model, None, tree.stored, tree.value_suffix, sizes, tuple(problems)
     )
@@ -177,7 +182,7 @@ def _from_weights(source: Source) -> Checkpoint:
 
 def _as_weights(source: Source, fit: Fit) -> Checkpoint:
     assert fit.layout is not None
-    problems = _fit_problems(source, fit, "tensor") + _dtype_problems(source)
+    problems = fit_problems(source, fit, "tensor") + dtype_problems(source)
     # a tied weight may be stored under its alias, or under both names
     renamed: dict[str, str] = {}
     stored: dict[str, str] = {}
@@ -219,9 +224,9 @@ def _as_weights(source: Source, fit: Fit) -> Checkpoint:
         seen.append(Seen((fit.model.qualified(part, axis),), max(numbers) + 1, f"{part}: the highest {axis}"))
     sizes, disagreements = _solve_weights(source, fit, _with_choices(fit.model, seen))
     problems += [Problem(f"{source.location}: {p.cause}", p.fix) for p in disagreements]
-    problems += _count_problems(source, fit.model, sizes)
+    problems += count_problems(source, fit.model, sizes)
     if not problems:
-        problems += _absent_weights(source, fit, stored, sizes)
+        problems += absence_problems(source, fit, stored, sizes)
     return Checkpoint(source, fit.adapter, fit.model, fit.layout, stored, False, sizes, tuple(problems))
 
 
@@ -252,53 +257,6 @@ def _recorded_sizes(source: Source) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
 
 
-def _count_problems(source: Source, model: Model, sizes: Mapping[str, int]) -> list[Problem]:
-    """Rules of so many weights that nothing but their names would fill the memory."""
-    counts = {
-        rule.leaf: math.prod(
-            sizes.get(model.qualified(part.name, axis), 1) for axis in rule.equation.placeholders
-        )
-        for part in model.parts
-        for rule in part.rules
-    }
-    return [
-        Problem(
-            f"{source.location}: {leaf} would be {count} weights, more than {MAX_TENSORS}",
-            f"no {model.name} has so many layers: take the checkpoint from its source again",
-        )
-        for leaf, count in counts.items()
-        if count > MAX_TENSORS
-    ]
-
-
-def _absent_weights(
-    source: Source, fit: Fit, stored: Mapping[str, str], sizes: Mapping[str, int]
-) -> list[Problem]:
-    """Weights of single layers that are not there, once the number of layers is known."""
-    absent = []
-    for part in fit.model.parts:
-        local = fit.model.local_sizes(part.name, sizes)
-        for rule in part.rules:
-            for _, name in weight_names(rule, local):
-                if name not in stored:
-                    absent.append(name)
-    return [
-        Problem(
-            f"{source.location}: {name} is missing", "copy the checkpoint again, or take it from its source"
-        )
-        for name in grouped(absent)
-    ]
-
-
-def weight_names(rule: Rule, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Every weight of a rule: its index, in the order of the leaf's axes, and its name."""
-    import numpy as np
-
-    placeholders = rule.equation.placeholders
-    for index in np.ndindex(*(sizes[axis] for axis in placeholders)):
-        yield index, rule.template.format(dict(zip(placeholders, index, strict=True)))
-
-
 def _leaf_axes(rule: Rule) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The leaf and its factors, each with its axes."""
     left = rule.equation.left
@@ -326,78 +284,6 @@ def _with_choices(model: Model, seen: list[Seen]) -> list[Seen]:
             for axis, words in rule.template.choices.items():
                 fixed.append(Seen((model.qualified(part.name, axis),), len(words), f"{rule.weight}"))
     return fixed + seen
-
-
-def _fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
-    problems = [
-        Problem(
-            f"{source.location}: {kind} {name} of {fit.model.name} is missing",
-            "copy the checkpoint again, or take it from its source",
-        )
-        for name in fit.missing
-    ]
-    problems += [
-        Problem(
-            f"{source.location}: {kind} {name} is read by no rule of {fit.model.name}",
-            "it would be lost: remove it, or declare it in an adapter",
-        )
-        for name in fit.extra
-    ]
-    return problems
-
-
-def _dtype_problems(source: Source) -> list[Problem]:
-    """Arrays that are no weights: of another dtype, or without elements."""
-    by_dtype: dict[str, list[str]] = {}
-    for name, spec in source.specs.items():
-        if spec.dtype.name not in WEIGHT_DTYPES:
-            by_dtype.setdefault(spec.dtype.name, []).append(name)
-    return [
-        Problem(
-            f"{source.location}: {name} has dtype {dtype}",
-            f"openpi's weights are {', '.join(WEIGHT_DTYPES)}: save the checkpoint in one of them",
-        )
-        for dtype, names in by_dtype.items()
-        for name in grouped(names)
-    ] + [
-        Problem(
-            f"{source.location}: {name} has shape {list(spec.shape)}, no element at all",
-            "take the checkpoint from its source again",
-        )
-        for name, spec in source.specs.items()
-        if spec.size == 0
-    ]
-
-
-def _factor_problems(source: Source, model: Model, tree: Tree) -> list[Problem]:
-    """Factors without their twin, and leaves left without factors where their group has them."""
-    problems = []
-    for part in model.parts:
-        groups: dict[str, dict[bool, list[str]]] = {}
-        for rule in part.rules:
-            if rule.factor_leaves is None or rule.lora is None:
-                continue
-            there = [leaf in tree.stored for leaf in rule.factor_leaves]
-            if any(there) and not all(there):
-                have, lack = rule.factor_leaves if there[0] else reversed(rule.factor_leaves)
-                problems.append(
-                    Problem(
-                        f"{source.location}: {have} is there, and its twin {lack} is not",
-                        "copy the checkpoint again, or take it from its source",
-                    )
-                )
-            else:
-                groups.setdefault(rule.lora.rank, {}).setdefault(all(there), []).append(rule.leaf)
-        for group in groups.values():
-            if len(group) == 2:
-                problems += [
-                    Problem(
-                        f"{source.location}: {leaf} has no LoRA factors, and {group[True][0]} has",
-                        "openpi gives factors to all of them or none: take the checkpoint from its source again",
-                    )
-                    for leaf in group[False]
-                ]
-    return problems
 
 
 def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from bridge.checkpoint import Checkpoint, weight_names
+from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.gaps import Gap, Values, gap
 from bridge.inputs import Inputs
 from bridge.lora import compress, split
 from bridge.outputs import Output
 from bridge.peft import PREFIX, A
-from bridge.pieces import Done
+from bridge.pieces import Done, LeafFactors
 from bridge.sides import Both, Side, walk
 from bridge.specs import FLOAT32
 from bridge.writers import AdapterWriter
@@ -52,7 +52,7 @@ def _weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     for part in checkpoint.model.parts:
         sizes = checkpoint.model.local_sizes(part.name, checkpoint.sizes)
         for rule in part.rules:
-            for _, name in weight_names(rule, sizes):
+            for _, name in rule.weights(sizes):
                 shapes[name] = rule.equation.weight_shape(sizes)
     return shapes
 
@@ -97,12 +97,12 @@ def compression_errors(inputs: Inputs, adapter: Output) -> dict[str, float]:
     errors: dict[str, float] = {}
     for step in adapter.steps:
         writer = step.writer
-        if not isinstance(writer, AdapterWriter) or writer.compress_to is None or step.factors is None:
+        if not isinstance(writer, AdapterWriter) or writer.compress_to is None:
             continue
+        assert isinstance(step.factors, LeafFactors)
         factors_at = step.factors.open(step.rule, inputs.sources, Done(), None)
         for index, pair in writer.pairs.items():
             factors = factors_at(index)
-            assert factors is not None
             a, b = split(step.rule.equation.one, factors.a.astype(FLOAT32), factors.b.astype(FLOAT32))
             if len(a) > writer.compress_to:
                 module = pair.a.removesuffix(A).removeprefix(PREFIX)

@@ -99,7 +99,7 @@ def entries(
     kept = [axis for axis in axes.shared if axis in output]
     own = [axis for axis in axes.shared if axis not in kept]
     order = [[*own, axes.inner].index(axis) for axis in inputs]
-    size = dict(zip(axes.shared, lora_a.shape, strict=False))
+    size = dict(zip(axes.shared, lora_a.shape[:-2], strict=True))
     for at in np.ndindex(*(size[axis] for axis in kept)):
         entry: dict[str, int] = dict(zip(kept, at, strict=True))
         pick = tuple(entry.get(axis, slice(None)) for axis in axes.shared)

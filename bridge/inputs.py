@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bridge.axes import Index
-from bridge.checkpoint import Checkpoint, weight_names
+from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.formats import Source
 from bridge.lora import factor_axes
@@ -71,7 +71,7 @@ def weights_reader(
         weights = LeafWeights(key, checkpoint.stored[rule.leaf])
     else:
         placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
-        names = dict(weight_names(rule, placeholders))
+        names = dict(rule.weights(sizes))
         tensors = {index: (key, checkpoint.stored[name]) for index, name in names.items()}
         if flat:
             shape = inputs.spec(next(iter(tensors.values()))).shape
@@ -89,7 +89,7 @@ def weights_reader(
         # an adapter's modules_to_save stand in for the base's own
         own = {
             index: ("source", inputs.source.stored[name])
-            for index, name in weight_names(rule, sizes)
+            for index, name in rule.weights(sizes)
             if name in inputs.source.stored
         }
         if own:
@@ -98,7 +98,7 @@ def weights_reader(
 
 
 def factor_reader(
-    inputs: Inputs, rule: Rule, names: Mapping[Index, str], sizes: Mapping[str, int], scale: Scale | None
+    inputs: Inputs, rule: Rule, names: Mapping[Index, str], scale: Scale | None
 ) -> FactorReader | None:
     """How the factors of a rule's weights are read, or None where it has none."""
     if inputs.base is not None:
@@ -107,7 +107,7 @@ def factor_reader(
             for index, name in names.items()
             if (module := inputs.source.modules.get(name)) is not None
         }
-        return ModuleFactors(modules, sizes) if modules else None
+        return ModuleFactors(modules) if modules else None
     if not inputs.source.has_lora(rule):
         return None
     return leaf_factors(inputs.source, rule, scale)
@@ -134,10 +134,9 @@ def shape_problems(inputs: Inputs) -> list[Problem]:
     for part in base.model.parts:
         sizes = base.model.local_sizes(part.name, base.sizes)
         for rule in part.rules:
-            placeholders = rule.equation.placeholders
-            if any(axis not in sizes for axis in placeholders):
+            if any(axis not in sizes for axis in rule.equation.placeholders):
                 continue
-            for _, name in weight_names(rule, {axis: sizes[axis] for axis in placeholders}):
+            for _, name in rule.weights(sizes):
                 shape = _weight_shape(base, rule, sizes, name)
                 found = _adapter_shape(adapter, name)
                 if found is not None and shape is not None and found != shape:
@@ -181,9 +180,7 @@ def size_problems(inputs: Inputs) -> list[Problem]:
 
 def _names(base: Checkpoint, part: Part, rule: Rule) -> Iterator[str]:
     sizes = base.model.local_sizes(part.name, base.sizes)
-    return (
-        name for _, name in weight_names(rule, {axis: sizes[axis] for axis in rule.equation.placeholders})
-    )
+    return (name for _, name in rule.weights(sizes))
 
 
 def _weight_shape(

@@ -19,7 +19,7 @@ from bridge.scales import Scale, alpha_problems
 from bridge.writers import FactorWriter
 
 if TYPE_CHECKING:
-    from bridge.planner import Options
+    from bridge.options import Options
 
 
 def joined_scales(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.checkpoint import Checkpoint, weight_names
+from bridge.checkpoint import Checkpoint
 from bridge.formats.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
@@ -103,8 +103,8 @@ def _tensor_step(
 ) -> Step:
     sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
     weights, rule, sizes = weights_reader(inputs, rule, sizes, flat=True)
-    names = dict(weight_names(rule, sizes))
-    factors = factor_reader(inputs, rule, names, sizes, scale) if fold else None
+    names = dict(rule.weights(sizes))
+    factors = factor_reader(inputs, rule, names, scale) if fold else None
     stored = widest(inputs.spec(read).dtype for read in weights.reads)
     leaf_spec = Spec(rule.equation.leaf_shape(sizes), stored)
     spec = Spec(rule.equation.weight_shape(sizes), _dtype(rule, stored, dtype))
@@ -139,8 +139,8 @@ def leaf_output(
         sizes = inputs.model.local_sizes(part.name, inputs.weights.sizes)
         for rule in part.rules:
             weights, _, _ = weights_reader(inputs, rule, sizes, flat=False)
-            names = dict(weight_names(rule, sizes))
-            factors = factor_reader(inputs, rule, names, sizes, scales.get(part.name))
+            names = dict(rule.weights(sizes))
+            factors = factor_reader(inputs, rule, names, scales.get(part.name))
             stored = widest(inputs.spec(read).dtype for read in weights.reads)
             spec = Spec(rule.equation.leaf_shape(sizes), _dtype(rule, stored, dtype))
             writer = LeafWriter(_leaf_name(rule.leaf, value_suffix), spec)
@@ -149,7 +149,7 @@ def leaf_output(
             if fold or rule.lora is None or part.name not in ranks:
                 continue
             if factors is None:
-                factors = ModuleFactors({}, sizes)
+                factors = ModuleFactors({})
             steps.append(
                 _factor_step(
                     inputs, part, rule, factors, spec.shape, sizes, dtype, value_suffix, ranks, scales, lossy
@@ -223,7 +223,7 @@ def adapter_output(
         out, into = rule.equation.weight_shape(sizes)
         written = leaf_spec.dtype if dtype == "keep" else WEIGHT_DTYPES[dtype]
         pairs = {}
-        for index, name in weight_names(rule, sizes):
+        for index, name in rule.weights(sizes):
             module = PREFIX + module_of(layout.rename(name))
             pairs[index] = Pair(
                 module + A, module + B, Spec((held, into), written), Spec((out, held), written), runtime
@@ -255,7 +255,7 @@ def _replaced_steps(inputs: Inputs, layout: Layout, replaced: tuple[str, ...]) -
     for part in inputs.model.parts:
         sizes = inputs.model.local_sizes(part.name, inputs.source.sizes)
         for rule in part.rules:
-            names = {i: (PREFIX + layout.rename(n),) for i, n in weight_names(rule, sizes) if n in wanted}
+            names = {i: (PREFIX + layout.rename(n),) for i, n in rule.weights(sizes) if n in wanted}
             if not names:
                 continue
             weights = LeafWeights("source", inputs.source.stored[rule.leaf])

@@ -18,7 +18,6 @@ import xxhash
 from bridge.axes import UNIT, Index
 from bridge.errors import Problem
 from bridge.formats import Source, Spent
-from bridge.lora import join
 from bridge.rule import Rule
 from bridge.specs import box, raw
 
@@ -224,9 +223,7 @@ class LeafFactors:
     def reads(self) -> tuple[Read, ...]:
         return (self.source, self.a), (self.source, self.b)
 
-    def open(
-        self, rule: Rule, sources: Sources, done: Done, tick: Tick | None
-    ) -> Callable[[Index], Factors | None]:
+    def open(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Callable[[Index], Factors]:
         """Read both leaves; the result gives the factors of one weight."""
         a, b = (
             dict(rule.equation.slices(whole(sources[self.source], read, done, tick))) for read in self.reads
@@ -239,24 +236,10 @@ class ModuleFactors:
     """Factors that lie in a PEFT adapter: ``lora_A`` and ``lora_B`` of each module."""
 
     modules: Mapping[Index, tuple[Read, Read, float]]
-    sizes: Mapping[str, int]
 
     @property
     def reads(self) -> tuple[Read, ...]:
         return tuple(read for a, b, _ in self.modules.values() for read in (a, b))
-
-    def open(
-        self, rule: Rule, sources: Sources, done: Done, tick: Tick | None
-    ) -> Callable[[Index], Factors | None]:
-        """Read nothing yet; the result reads the factors of one weight, or gives None."""
-
-        def at(index: Index) -> Factors | None:
-            found = self.matrices(index, sources, done, tick)
-            if found is None:
-                return None
-            return Factors(*join(rule.equation.one, found.a, found.b, self.sizes), found.scale)
-
-        return at
 
     def matrices(self, index: Index, sources: Sources, done: Done, tick: Tick | None) -> Matrices | None:
         """Read the factors of one weight as they are, or give None where it has none."""

@@ -1,16 +1,10 @@
-"""A conversion, planned: every read, every write, every shape and byte, before the first is read.
-
-Making a plan opens the source, finds its model, a route and the scales, and refuses with every
-fault it finds. Printing it is the dry run; running it streams (:mod:`bridge.runner`).
-"""
+"""Making a plan: opens the source, finds its model, a route and the scales, and refuses with every fault found."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bridge import converters
 from bridge.assets import Assets, read_assets
@@ -19,144 +13,14 @@ from bridge.destination import check_apart, check_destination, check_kept, check
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats import Source
 from bridge.formats.location import Location
-from bridge.formats.stamps import Stamp
 from bridge.graph import Loss, Route, State, route
 from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.model import Facts, Layout
+from bridge.options import Options, option_problems
 from bridge.outputs import Output, leaf_output, tensor_output
+from bridge.planned import Plan
 from bridge.scales import Scale, scales
-from bridge.specs import BFLOAT16, FLOAT32, WEIGHT_DTYPES, Spec
-from bridge.step import Step
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
-    from bridge.runner import Progress, Result
-
-DTYPES = ("keep", *WEIGHT_DTYPES)
-
-#: what steps running at once may take together
-MEMORY = 512 << 20
-
-#: what the interpreter with numpy, TensorStore and zstandard takes
-RESIDENT = 90 << 20
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose, as given to :func:`plan`."""
-
-    dtype: str | None = None
-    layout: str = "openpi"
-    action_horizon: int | None = None
-    keep_alpha: bool = False
-    rank: int | Mapping[str, int] | None = None
-    with_base: bool = False
-    base_name: str | None = None
-    modules_to_save: bool = False
-    fold: bool = False
-    value_suffix: bool = False
-    lossy: bool = False
-
-    @property
-    def compress_to(self) -> int | None:
-        """The rank every module of an adapter is compressed to, if it is."""
-        return self.rank if isinstance(self.rank, int) else None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a conversion will do. Made by :func:`plan`."""
-
-    inputs: Inputs
-    destination: Path | None
-    """The directory to make; None for a plan that is only carried out in memory."""
-    route: Route
-    loss: Loss
-    scales: Mapping[str, Scale]
-    outputs: tuple[Output, ...]
-    """The directories it makes, the destination itself first."""
-    notes: tuple[str, ...]
-    options: Options = Options()
-    overwrite: bool = False
-    workers: int = 2
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)
-    """Every local file that the plan depends on, as it was when it was opened."""
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The source."""
-        return self.inputs.source
-
-    @property
-    def output(self) -> Output:
-        """The destination itself."""
-        return self.outputs[0]
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return tuple(step for output in self.outputs for step in output.steps)
-
-    @property
-    def specs(self) -> Mapping[str, Spec]:
-        """Every tensor of the destination itself."""
-        return self.output.specs
-
-    @property
-    def layout(self) -> Layout:
-        return self.output.layout
-
-    @property
-    def dtype(self) -> str:
-        return self.output.dtype
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from the sources, as stored."""
-        return sum(step.bytes_read for step in self.steps)
-
-    @property
-    def bytes_decoded(self) -> int:
-        """Bytes of the arrays read, once decoded."""
-        return sum(self.inputs.spec(read).nbytes for step in self.steps for read in step.reads)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes written; tensors of zeros are a hole and take none."""
-        return sum(output.bytes_written for output in self.outputs)
-
-    @property
-    def memory_budget(self) -> int:
-        """Bytes that steps running at once may take together; a larger one runs alone."""
-        largest = max((step.memory for step in self.steps), default=0)
-        return max(largest, MEMORY)
-
-    @property
-    def memory(self) -> int:
-        """Estimated peak memory of the process, in bytes."""
-        biggest = sorted((step.memory for step in self.steps), reverse=True)[: self.workers]
-        return RESIDENT + min(sum(biggest), self.memory_budget)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def headline(self) -> list[str]:
-        """Source, route, loss, scales and notes: what a user must know before it runs."""
-        from bridge.text import head
-
-        return list(head(self))
-
-    def text(self, width: int = 200) -> str:
-        """The whole plan, for a terminal of this width."""
-        from bridge.text import plan_text
-
-        return plan_text(self, width)
-
-    def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
-        """Carry it out: see :func:`bridge.runner.run`."""
-        from bridge.runner import run
-
-        return run(self, progress, executor)
+from bridge.specs import BFLOAT16, FLOAT32
 
 
 def plan(
@@ -222,24 +86,11 @@ def plan(
         fold, value_suffix, lossy,
     )  # fmt: skip
     destination = None if dst is None else Path(dst).expanduser().absolute()
-    source = open_source(Location.parse(src), from_)
-    checkpoint = understand(source)
+    checkpoint = understand(open_source(Location.parse(src), from_))
     problems = list(checkpoint.problems)
     if destination is not None:
-        problems += check_destination(destination, source.root.local, overwrite=overwrite)
-
-    try:
-        way = route(
-            converters.CONVERTERS,
-            checkpoint.state,
-            to,
-            {"base"} if base is not None else (),
-            converters.ORBAX_BASE.holds if fold and to == converters.ORBAX_BASE.name else None,
-        )
-    except RouteRefused as refused:
-        # a checkpoint that lost its factors has no route: what it lost must be said as well
-        kind = CheckpointRefused if checkpoint.problems else RouteRefused
-        raise kind(*problems, *refused.problems) from None
+        problems += check_destination(destination, checkpoint.source.root.local, overwrite=overwrite)
+    way = _route(checkpoint, to, fold, base is not None, problems)
     target = way[-1].target
     reference = None if base is None else _base(base, checkpoint, target)
     inputs = Inputs(checkpoint, reference if checkpoint.state is converters.PEFT else None)
@@ -247,28 +98,11 @@ def plan(
         problems += reference.problems
         if destination is not None:
             problems += check_apart(destination, reference.source.root.local)
-    problems += _option_problems(options, checkpoint.state, target, base)
-    if inputs.base is not None and not problems:
-        problems += shape_problems(inputs)
-    elif reference is not None and not problems:
-        from bridge.compare import misfits
-
-        problems += misfits(checkpoint, reference)
-
-    folds = any(edge.fold for edge in way)
-    given = _alphas(lora_alpha)
-    alphas: dict[str, Scale] = {}
-    ranks: dict[str, int] = {}
-    if target is converters.ORBAX_LORA:
-        from bridge.join_plan import joined_scales
-
-        ranks, alphas, scale_problems = joined_scales(inputs, options, given, rslora)
-        problems += scale_problems
-    elif (
-        given or rslora or (checkpoint.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE)
-    ):
-        alphas, scale_problems = scales(checkpoint, given, rslora)
-        problems += scale_problems
+    problems += option_problems(options, checkpoint.state, target, base)
+    if reference is not None and not problems:
+        problems += _reference_problems(inputs, reference)
+    ranks, alphas, found = _scales(inputs, target, options, lora_alpha, rslora)
+    problems += found
     if target.format == converters.ORBAX_BASE.format:
         problems += size_problems(inputs)
     chosen = inputs.model.layout(layout)
@@ -278,45 +112,13 @@ def plan(
     if problems or chosen is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
-    dtype = dtype or ("float32" if folds else "bfloat16" if target is converters.TORCH_MERGED else "keep")
-    notes = [*source.notes, *_elsewhere(source)]
-    approximated = options.compress_to is not None and target is converters.PEFT
-    assets = read_assets(source.root)
+    outputs, loss, notes = _outputs(
+        inputs, reference, way, chosen, alphas, ranks, options, destination, progress
+    )
+    assets = read_assets(checkpoint.source.root)
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root)
-    if target is converters.PEFT:
-        from bridge.adapter_plan import adapter_outputs
-
-        outputs, found = adapter_outputs(
-            inputs, reference, target, chosen, dtype, alphas, options, destination, progress
-        )
-        notes += found
-    elif target.format == converters.ORBAX_BASE.format:
-        made_leaves = leaf_output(
-            inputs,
-            target,
-            dtype,
-            fold=folds,
-            value_suffix=value_suffix,
-            ranks=ranks,
-            scales=alphas,
-            lossy=lossy,
-        )
-        outputs = (made_leaves,)
-        if ranks:
-            from bridge.join_plan import fit_notes
-
-            fitted = fit_notes(inputs, made_leaves)
-            approximated = bool(fitted)
-            notes += fitted
-    else:
-        outputs = (tensor_output(inputs, target, chosen, dtype, alphas, fold=folds),)
-    outputs, found = _with_files(inputs, outputs, assets, options)
-    notes += found
-
-    loss = max(edge.loss for edge in way)
-    if approximated or any(_narrows(output) for output in outputs):
-        loss = max(loss, Loss.ROUND)
+    outputs, said = _with_files(inputs, outputs, assets, options)
     stamps = dict(assets.stamps)
     for each in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
         stamps.update(each.stamps)
@@ -327,7 +129,7 @@ def plan(
         loss,
         alphas,
         outputs,
-        tuple(notes),
+        (*checkpoint.source.notes, *_elsewhere(checkpoint.source), *notes, *said),
         options,
         overwrite,
         max(1, workers),
@@ -340,6 +142,102 @@ def plan(
         refuse_if(problems, OutputRefused)
         refuse_if(check_space(destination, made.bytes_written), OutputRefused)
     return made
+
+
+def _route(checkpoint: Checkpoint, to: str, fold: bool, has_base: bool, problems: list[Problem]) -> Route:
+    """The way to the format asked for. Raises with what is wrong with the source, where there is none."""
+    try:
+        return route(
+            converters.CONVERTERS,
+            checkpoint.state,
+            to,
+            {"base"} if has_base else (),
+            converters.ORBAX_BASE.holds if fold and to == converters.ORBAX_BASE.name else None,
+        )
+    except RouteRefused as refused:
+        # a checkpoint that lost its factors has no route: what it lost must be said as well
+        kind = CheckpointRefused if checkpoint.problems else RouteRefused
+        raise kind(*problems, *refused.problems) from None
+
+
+def _reference_problems(inputs: Inputs, reference: Checkpoint) -> list[Problem]:
+    """Why an adapter does not fit its base, or weights cannot be compared with a reference's."""
+    if inputs.base is not None:
+        return shape_problems(inputs)
+    from bridge.compare import misfits
+
+    return misfits(inputs.source, reference)
+
+
+def _scales(
+    inputs: Inputs,
+    target: State,
+    options: Options,
+    lora_alpha: float | Mapping[str, float] | None,
+    rslora: bool,
+) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:
+    """By part: the ranks of LoRA leaves to be written, and what openpi multiplies products by."""
+    if lora_alpha is None or isinstance(lora_alpha, Mapping):
+        given = dict(lora_alpha or {})
+    else:
+        given = {"": float(lora_alpha)}
+    if target is converters.ORBAX_LORA:
+        from bridge.join_plan import joined_scales
+
+        return joined_scales(inputs, options, given, rslora)
+    carries = inputs.source.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE
+    if not (given or rslora or carries):
+        return {}, {}, []
+    return {}, *scales(inputs.source, given, rslora)
+
+
+def _outputs(
+    inputs: Inputs,
+    reference: Checkpoint | None,
+    way: Route,
+    layout: Layout,
+    alphas: Mapping[str, Scale],
+    ranks: Mapping[str, int],
+    options: Options,
+    destination: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[tuple[Output, ...], Loss, list[str]]:
+    """What the route's target is made of, what is lost on the way, and what a user must know of it."""
+    target, folds = way[-1].target, any(edge.fold for edge in way)
+    usual = "float32" if folds else "bfloat16" if target is converters.TORCH_MERGED else "keep"
+    dtype = options.dtype or usual
+    notes: list[str] = []
+    approximated = False
+    if target is converters.PEFT:
+        from bridge.adapter_plan import adapter_outputs
+
+        approximated = options.compress_to is not None
+        outputs, notes = adapter_outputs(
+            inputs, reference, target, layout, dtype, alphas, options, destination, progress
+        )
+    elif target.format == converters.ORBAX_BASE.format:
+        leaves = leaf_output(
+            inputs,
+            target,
+            dtype,
+            fold=folds,
+            value_suffix=options.value_suffix,
+            ranks=ranks,
+            scales=alphas,
+            lossy=options.lossy,
+        )
+        outputs = (leaves,)
+        if ranks:
+            from bridge.join_plan import fit_notes
+
+            notes = fit_notes(inputs, leaves)
+            approximated = bool(notes)
+    else:
+        outputs = (tensor_output(inputs, target, layout, dtype, alphas, fold=folds),)
+    loss = max(edge.loss for edge in way)
+    if approximated or any(_narrows(output) for output in outputs):
+        loss = max(loss, Loss.ROUND)
+    return outputs, loss, notes
 
 
 def _elsewhere(source: Source) -> list[str]:
@@ -375,53 +273,6 @@ def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint
             )
         )
     return reference
-
-
-def _alphas(given: float | Mapping[str, float] | None) -> dict[str, float]:
-    if given is None:
-        return {}
-    return {"": float(given)} if isinstance(given, (int, float)) else dict(given)
-
-
-def _option_problems(options: Options, source: State, target: State, base: object) -> list[Problem]:
-    """Options that say nothing about the target asked for: they would be ignored in silence."""
-    problems = []
-    if options.dtype is not None and options.dtype not in DTYPES:
-        problems.append(
-            Problem(f"{options.dtype} is no dtype for weights", f"use one of {', '.join(DTYPES)}")
-        )
-    is_adapter, is_tree = target is converters.PEFT, target.format == converters.ORBAX_BASE.format
-    for flag, given, fits in (
-        ("--keep-alpha", options.keep_alpha, is_adapter),
-        ("--with-base", options.with_base, is_adapter),
-        ("--base-name", options.base_name is not None, is_adapter),
-        ("--modules-to-save", options.modules_to_save, is_adapter),
-        ("--base", base is not None, is_adapter or source is converters.PEFT),
-        ("--rank", options.rank is not None, is_adapter or target is converters.ORBAX_LORA),
-        ("--lossy", options.lossy, target is converters.ORBAX_LORA),
-        ("--fold", options.fold, is_tree),
-        ("--value-suffix", options.value_suffix, is_tree),
-        ("--layout", options.layout != "openpi", not is_tree),
-        ("--action-horizon", options.action_horizon is not None, not is_tree),
-    ):
-        if given and not fits:
-            problems.append(Problem(f"{flag} says nothing about {target}", f"leave {flag} out"))
-    if options.modules_to_save and is_adapter and base is None:
-        problems.append(
-            Problem(
-                "--modules-to-save needs the base whose other weights the adapter should carry",
-                "add --base PATH",
-            )
-        )
-    if is_adapter and isinstance(options.rank, Mapping):
-        problems.append(Problem("--rank is given by expert, and compresses all modules", "give one number"))
-    ranks = options.rank.values() if isinstance(options.rank, Mapping) else (options.rank,)
-    problems += [
-        Problem(f"--rank is {rank}", "give a positive whole number")
-        for rank in ranks
-        if rank is not None and (rank < 1 or rank != int(rank))
-    ]
-    return problems
 
 
 def _with_files(

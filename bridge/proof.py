@@ -13,7 +13,6 @@ it made of it is held against the plan and the source:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -28,7 +27,6 @@ import numpy as np
 import xxhash
 
 from bridge.axes import Equation, Index
-from bridge.checkpoint import weight_names
 from bridge.distance import entries, module_error
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.location import Location
@@ -36,10 +34,10 @@ from bridge.formats.peft import CONFIG, open_peft
 from bridge.formats.torch import TorchSource
 from bridge.lora import factor_axes
 from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
-from bridge.pieces import Done, Factors
+from bridge.pieces import Done, Factors, LeafFactors
 from bridge.publish import RECORD
 from bridge.rule import Rule
-from bridge.runtimes import lora_equations
+from bridge.runtimes import lora_equations, one_thread
 from bridge.skeleton import (
     FIX,
     base_problems,
@@ -56,7 +54,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from bridge.planner import Plan
+    from bridge.planned import Plan
     from bridge.step import Step
 
 #: relative error allowed of a module's product, in the adapter's dtype
@@ -134,7 +132,7 @@ def prove_adapter(directory: Path, plan: Plan, importing: threading.Thread | Non
     waited = time.perf_counter()
     (importing or import_peft()).join()
     waited = time.perf_counter() - waited
-    with _single_threads():
+    with one_thread():
         model, loaded = load_on_skeleton(directory, _weight_shapes(plan))
         layers = lora_layers(model)
         planned = {_path(pair): pair for _, writer in _steps(plan) for pair in writer.pairs.values()}
@@ -161,19 +159,6 @@ def prove_adapter(directory: Path, plan: Plan, importing: threading.Thread | Non
         time.perf_counter() - began,
         waited,
     )
-
-
-@contextlib.contextmanager
-def _single_threads() -> Iterator[None]:
-    """Let torch compute without threads of its own: every product here is small."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _planned_config(
@@ -262,7 +247,7 @@ def _weight_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     for part in model.parts:
         local = model.local_sizes(part.name, sizes)
         for rule in part.rules:
-            for _, name in weight_names(rule, local):
+            for _, name in rule.weights(local):
                 found[plan.layout.rename(name)] = rule.equation.weight_shape(local)
     return found
 
@@ -307,13 +292,12 @@ def _step_checks(
     plan: Plan, step: Step, writer: AdapterWriter, number: int, layers: Mapping[str, Any]
 ) -> Iterator[Check]:
     """What PEFT made of the modules of one leaf, against the leaf's factors."""
-    assert step.factors is not None
+    assert isinstance(step.factors, LeafFactors)
     factors_at = step.factors.open(step.rule, plan.inputs.sources, Done(), None)
     generator = np.random.default_rng(number)
     samples = _one_of_each_kind(list(writer.pairs), number)
     for index, pair in writer.pairs.items():
         module, factors = _path(pair), factors_at(index)
-        assert factors is not None
         # what PEFT did not load has been said
         if module not in layers or any(weight.is_meta for weight in layers[module].parameters()):
             continue

@@ -25,7 +25,7 @@ from bridge.strict_json import parse_object, shown
 if TYPE_CHECKING:
     from bridge.outputs import Output
     from bridge.pieces import Done
-    from bridge.planner import Plan
+    from bridge.planned import Plan
 
 #: bytes; 100,000 tensors take 15 MB
 MAX_RECORD = 64 << 20

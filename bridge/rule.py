@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bridge.axes import Equation
+from bridge.axes import Equation, Index
 from bridge.lora import FactorAxes, factor_axes
 from bridge.names import Template
 
@@ -92,3 +94,13 @@ class Rule:
             return None
         stem = self.leaf.removesuffix(self.lora.leaf) if self.lora.leaf else self.leaf
         return stem + self.lora.a, stem + self.lora.b
+
+    def weights(self, sizes: Mapping[str, int]) -> Iterator[tuple[Index, str]]:
+        """Every weight: its index, in the order of the leaf's axes, and its name.
+
+        Args:
+            sizes: of the placeholders at least.
+        """
+        placeholders = self.equation.placeholders
+        for index in itertools.product(*(range(sizes[axis]) for axis in placeholders)):
+            yield index, self.template.format(dict(zip(placeholders, index, strict=True)))

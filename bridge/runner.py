@@ -21,7 +21,7 @@ from bridge.formats.location import Location
 from bridge.formats.stamps import changed
 from bridge.outputs import Output
 from bridge.pieces import Done, Tick
-from bridge.planner import Plan
+from bridge.planned import Plan
 from bridge.plugins import formats
 from bridge.publish import RECORD, publishing
 from bridge.record import combined, record_text

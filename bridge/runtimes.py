@@ -122,17 +122,24 @@ def _linear(x: Any, w: Any, matrices: Matrices | None, rows: slice) -> Any:
 
 
 @contextmanager
-def runtimes() -> Iterator[None]:
-    """Both frameworks imported, and torch kept to the thread that calls it, as long as this lasts."""
+def one_thread() -> Iterator[None]:
+    """Torch kept to the thread that calls it: its own would only wait for those of the workers."""
     import torch
 
-    _openpi()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def runtimes() -> Iterator[None]:
+    """Both frameworks imported, and torch kept to one thread, as long as this lasts."""
+    _openpi()
+    with one_thread():
+        yield
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.axes import Equation, Index
-from bridge.checkpoint import Checkpoint, open_source, understand, weight_names
+from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
@@ -267,9 +267,7 @@ class _Errand:
     def weights(self, done: tuple[Done, Done]) -> Iterator[Both]:
         """Every weight as both sides hold it, valid until the next."""
         rule = self.rule.flat if self.flat else self.rule
-        names = dict(
-            weight_names(self.rule, {axis: self.sizes[axis] for axis in self.rule.equation.placeholders})
-        )
+        names = dict(self.rule.weights(self.sizes))
         sides = [
             _pieces(side, self.part, self.rule, self.sizes, each, flat=self.flat)
             for side, each in zip((self.a, self.b), done, strict=True)
@@ -323,8 +321,8 @@ def _load(side: Side, rule: Rule, sizes: dict[str, int], *, flat: bool) -> Load:
         # no weight is whole before the end of the leaf
         one *= math.prod(local[axis] for axis in equation.placeholders)
     memory = one + max(side.inputs.sources[key].buffered_bytes(name) for key, name in specs)
-    names = dict(weight_names(used, {axis: local[axis] for axis in used.equation.placeholders}))
-    reader = factor_reader(side.inputs, used, names, local, None)
+    names = dict(used.weights(local))
+    reader = factor_reader(side.inputs, used, names, None)
     if isinstance(reader, LeafFactors) and side.scales is not None:
         memory += sum(side.inputs.spec(read).nbytes for read in reader.reads)
     return Load(sum(each.nbytes for each in specs.values()), memory)
@@ -335,8 +333,8 @@ Pieces = Iterator[tuple[Piece, Held]]
 
 def _pieces(side: Side, part: Part, rule: Rule, sizes: dict[str, int], done: Done, *, flat: bool) -> Pieces:
     weights, used, local = weights_reader(side.inputs, rule, sizes, flat=flat)
-    names = dict(weight_names(used, local))
-    reader = factor_reader(side.inputs, used, names, local, (side.scales or {}).get(part.name))
+    names = dict(used.weights(local))
+    reader = factor_reader(side.inputs, used, names, (side.scales or {}).get(part.name))
     sources = side.inputs.sources
     modules = reader if isinstance(reader, ModuleFactors) else None
     factors_at = None

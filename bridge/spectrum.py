@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,9 +25,15 @@ def spectrum(one: Equation, held: Held) -> tuple[float, ...]:
 
 
 def effective_rank(values: Sequence[float]) -> float | None:
-    """exp of the entropy of the squared singular values: how many directions a product uses."""
-    power = np.square(np.asarray(values, np.float64))
-    if not power.sum():
+    """exp of the entropy of the squared singular values: how many directions a product uses.
+
+    None where there is none, or the values are not finite.
+    """
+    found = np.asarray(values, np.float64)
+    largest = found.max(initial=0.0)
+    if not 0 < largest < math.inf:
         return None
+    # over the largest, as squares may leave what a float holds
+    power = np.square(found / largest)
     share = power[power > 0] / power.sum()
     return float(np.exp(-(share * np.log(share)).sum()))

@@ -120,7 +120,6 @@ def _written(
         factors_at = step.factors.open(rule, sources, done, tick)
         for index in writer.pairs:
             factors = factors_at(index)
-            assert factors is not None
             faults.look_at_factors(index, factors.a, factors.b)
             matrix_a, matrix_b = writer.matrices(rule, index, factors)
             cast = faults.cast(index, matrix_a, writer.dtype), faults.cast(index, matrix_b, writer.dtype)

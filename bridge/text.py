@@ -13,7 +13,7 @@ from bridge.specs import Spec
 
 if TYPE_CHECKING:
     from bridge.outputs import Output
-    from bridge.planner import Plan
+    from bridge.planned import Plan
     from bridge.step import Step
 
 

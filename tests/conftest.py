@@ -1,6 +1,7 @@
 """Settings that hold for every test."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 # Before any test module imports them: JAX stays on the CPU, and nothing asks a model hub.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Under nohup a hang-up is ignored, and so it would be in every process that the tests start and hang up on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

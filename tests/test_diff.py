@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import bridge
 from bridge.cli.main import cli
 from bridge.diff import Comparison
 from bridge.diff import diff as compare
+from bridge.spectrum import effective_rank
 from tests import checkpoints, golden, mistakes
 from tests.forms import Forms
 
@@ -115,3 +117,18 @@ def test_other_dimensions_are_refused(forms: Forms, tmp_path: Path) -> None:
     other = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "100", quick=True)
     with pytest.raises(bridge.Refusal, match=r"paligemma\.width is 64 in .*, and 13 in"):
         compare(forms["merged"].path, other)
+
+
+@pytest.mark.parametrize(
+    ("values", "directions"),
+    [
+        ((1e300, 1e300), 2.0),
+        ((3.0, 0.0), 1.0),
+        ((math.inf, 1.0), None),
+        ((math.nan,), None),
+        ((0.0,), None),
+        ((), None),
+    ],
+)
+def test_directions_of_any_singular_values(values: tuple[float, ...], directions: float | None) -> None:
+    assert effective_rank(values) == (None if directions is None else pytest.approx(directions))

@@ -23,7 +23,7 @@ import bridge
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats import Slab
 from bridge.inputs import Inputs
-from bridge.planner import Plan
+from bridge.planned import Plan
 from tests import checkpoints
 from tests.test_runner import digest
 

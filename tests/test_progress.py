@@ -12,7 +12,7 @@ import bridge
 from bridge.cli.convert import convert
 from bridge.cli.show import progress
 from bridge.formats import Spent
-from bridge.planner import Plan
+from bridge.planned import Plan
 from bridge.runner import Result
 from tests import checkpoints
 

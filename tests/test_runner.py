@@ -24,7 +24,7 @@ from bridge.formats.location import Location
 from bridge.inputs import Inputs
 from bridge.lora import delta, factor_axes
 from bridge.pieces import LeafFactors, LeafWeights
-from bridge.planner import Plan
+from bridge.planned import Plan
 from bridge.rule import Factors, Rule
 from bridge.runner import run_steps
 from bridge.specs import FLOAT32, Spec, box, cells, run_shape

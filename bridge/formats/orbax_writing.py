@@ -44,9 +44,9 @@ class OrbaxSink:
         spec = self.specs[name]
         chunk = tuple(max(size, 1) for size in chunk_shape(spec))
         at = at or (0,) * len(spec.shape)
-        ends = [a + n for a, n in zip(at, array.shape, strict=False)]
         if array.dtype != spec.dtype or array.ndim != len(spec.shape):
             raise ValueError(f"{name} is declared {spec}, and got {Spec(array.shape, array.dtype)}")
+        ends = [a + n for a, n in zip(at, array.shape, strict=True)]
         if any(a % c for a, c in zip(at, chunk, strict=True)) or any(
             end > total or (end % c and end != total)
             for end, c, total in zip(ends, chunk, spec.shape, strict=True)

@@ -32,6 +32,14 @@ def verify(src: str, dst: str) -> float:
     return time.perf_counter() - began
 
 
+def diff(src: str, dst: str) -> float:
+    from bridge.diff import diff
+
+    began = time.perf_counter()
+    diff(src, dst)
+    return time.perf_counter() - began
+
+
 def naive(src: str, dst: str) -> float:
     from tests.benchmarks.naive import convert
 
@@ -49,7 +57,7 @@ def make(directory: str, layers: int) -> float:
 
 
 if __name__ == "__main__":
-    verb = {"convert": convert, "verify": verify, "naive": naive, "make": make}[sys.argv[1]]
+    verb = {"convert": convert, "verify": verify, "diff": diff, "naive": naive, "make": make}[sys.argv[1]]
     seconds = verb(**json.loads(sys.argv[2]))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "resident": resident}))

@@ -1,4 +1,4 @@
-"""What is measured: conversions and a proof, each from checkpoints that earlier ones make."""
+"""What is measured: conversions, a proof and a comparison, each from checkpoints that earlier ones make."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Route:
     source: str = MADE
     base: str | None = None
     against: str | None = None
-    """For verify: the other side. Nothing is made then."""
+    """The other side, for what compares two. Nothing is made then."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -36,7 +36,7 @@ class Route:
     def command(self, folder: Path) -> list[str]:
         src = str(folder / self.source)
         if self.against is not None:
-            return watched.driven("verify", src=src, dst=str(folder / self.against))
+            return watched.driven(self.name, src=src, dst=str(folder / self.against))
         base = {"base": str(folder / self.base)} if self.base is not None else {}
         return watched.driven("convert", src=src, dst=str(folder / self.name), **self.options, **base)
 
@@ -68,6 +68,7 @@ def _to(to: str, dtype: str | None = None) -> dict[str, Any]:
 ROUTES = (
     Route("float32", "orbax[lora] -> torch-merged float32", options=_to("torch-merged", "float32")),
     Route("verify", "verify orbax[lora] <-> torch-merged float32", against="float32"),
+    Route("diff", "diff orbax[lora] and torch-merged float32", against="float32"),
     Route("float32-orbax", "torch-merged float32 -> orbax", "float32", options=_to("orbax")),
     Route("bfloat16", "orbax[lora] -> torch-merged bfloat16", options=_to("torch-merged", "bfloat16")),
     Route("bfloat16-orbax", "torch-merged bfloat16 -> orbax", "bfloat16", options=_to("orbax")),

@@ -1,0 +1,128 @@
+"""A plan: every read, every write, every shape and byte of a conversion, before the first is read.
+
+Made by :func:`bridge.plan`. Printing it is the dry run; running it streams (:mod:`bridge.runner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge.checkpoint import Checkpoint
+from bridge.formats.stamps import Stamp
+from bridge.graph import Loss, Route
+from bridge.inputs import Inputs
+from bridge.model import Layout
+from bridge.options import Options
+from bridge.outputs import Output
+from bridge.scales import Scale
+from bridge.specs import Spec
+from bridge.step import Step
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from bridge.runner import Progress, Result
+
+#: what steps running at once may take together
+MEMORY = 512 << 20
+
+#: what the interpreter with numpy, TensorStore and zstandard takes
+RESIDENT = 90 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do. Made by :func:`bridge.plan`."""
+
+    inputs: Inputs
+    destination: Path | None
+    """The directory to make; None for a plan that is only carried out in memory."""
+    route: Route
+    loss: Loss
+    scales: Mapping[str, Scale]
+    outputs: tuple[Output, ...]
+    """The directories it makes, the destination itself first."""
+    notes: tuple[str, ...]
+    options: Options
+    overwrite: bool = False
+    workers: int = 2
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    """Every local file that the plan depends on, as it was when it was opened."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.inputs.source
+
+    @property
+    def output(self) -> Output:
+        """The destination itself."""
+        return self.outputs[0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for output in self.outputs for step in output.steps)
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every tensor of the destination itself."""
+        return self.output.specs
+
+    @property
+    def layout(self) -> Layout:
+        return self.output.layout
+
+    @property
+    def dtype(self) -> str:
+        return self.output.dtype
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the sources, as stored."""
+        return sum(step.bytes_read for step in self.steps)
+
+    @property
+    def bytes_decoded(self) -> int:
+        """Bytes of the arrays read, once decoded."""
+        return sum(self.inputs.spec(read).nbytes for step in self.steps for read in step.reads)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written; tensors of zeros are a hole and take none."""
+        return sum(output.bytes_written for output in self.outputs)
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes that steps running at once may take together; a larger one runs alone."""
+        largest = max((step.memory for step in self.steps), default=0)
+        return max(largest, MEMORY)
+
+    @property
+    def memory(self) -> int:
+        """Estimated peak memory of the process, in bytes."""
+        biggest = sorted((step.memory for step in self.steps), reverse=True)[: self.workers]
+        return RESIDENT + min(sum(biggest), self.memory_budget)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def headline(self) -> list[str]:
+        """Source, route, loss, scales and notes: what a user must know before it runs."""
+        from bridge.text import head
+
+        return list(head(self))
+
+    def text(self, width: int = 200) -> str:
+        """The whole plan, for a terminal of this width."""
+        from bridge.text import plan_text
+
+        return plan_text(self, width)
+
+    def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
+        """Carry it out: see :func:`bridge.runner.run`."""
+        from bridge.runner import run
+
+        return run(self, progress, executor)
