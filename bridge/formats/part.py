@@ -111,11 +111,14 @@ class _Direct:
         self._asked.clear()
 
     def _ask(self) -> None:
-        if self._next < self._end:
-            buffer = _spare.pop() if _spare else mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE)
-            future = self._thread.submit(read_block, self._file.fileno(), buffer, self._next)
+        """Have the thread read the next block, which ends with the part or a little later."""
+        left = self._end - self._next
+        if left > 0:
+            length = min(-(-left // ALIGN) * ALIGN, BLOCK_BYTES)
+            buffer = _buffer()
+            future = self._thread.submit(_read, self._file.fileno(), memoryview(buffer)[:length], self._next)
             self._asked.append((self._next, buffer, future))
-            self._next += BLOCK_BYTES
+            self._next += length
 
     def _take(self) -> None:
         """Have the next block at hand, and the one after it read."""
@@ -134,19 +137,26 @@ class _Direct:
             self._block = None
 
 
-def read_block(fd: int, buffer: mmap.mmap, offset: int) -> int:
-    """Read a block from where it begins, and say how much of it the file has."""
+def _buffer() -> mmap.mmap:
+    try:
+        return _spare.pop()
+    except IndexError:
+        return mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE)
+
+
+def _read(fd: int, into: memoryview, offset: int) -> int:
+    """Fill a block from where it begins in the file, and say how much of it the file has."""
     done = 0
-    while done < BLOCK_BYTES:
+    while done < len(into):
         try:
-            # a whole number of the disk's blocks, until the end of the file
-            got = os.preadv(fd, [memoryview(buffer)[done:]], offset + done)
+            got = os.preadv(fd, [into[done:]], offset + done)
         except OSError as error:
             # some file systems take the flag and refuse the read
             if error.errno != errno.EINVAL or not go_direct(fd, False):
                 raise
             continue
         done += got
+        # only at its end does a file give less than whole blocks
         if got == 0 or done % ALIGN:
             break
     return done
