@@ -220,7 +220,9 @@ def spectrum(lines: Mapping[int, Sequence[float]], scale: Scale, label: str) -> 
             axes.plot(xs, ys, color=shade.colour(layer), lw=1.3, marker=marker, ms=3)
         longest = max(map(len, lines.values()))
         axes.set(xlim=(1 - 0.04 * longest, longest * 1.04), ylim=(scale.low, scale.high))
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        numbers = MaxNLocator(4, integer=True).tick_values(1, longest)
+        # the first value is number one
+        axes.set_xticks([number for number in numbers if 1 <= number <= longest])
         axes.set_yticks(list(scale.ticks()), list(scale.ticks().values()))
         axes.grid(axis="y", color=INK, alpha=FAINT, lw=0.8)
         return _svg(figure, label)
