@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_any_part_around_the_cache_is_the_files_bytes(
     path, data = big
     length = max(stop - offset, 0)
     assert _read(path, offset, length, step) == data[offset : offset + length]
+
+
+@pytest.mark.parametrize("offset", [0, 12_345])
+def test_the_disk_takes_every_read(big: tuple[Path, bytes], direct: None, offset: int) -> None:
+    """None is refused and done over through the cache: not where the part begins, nor where the file ends."""
+    with closing(open_part(big[0], offset, SIZE - offset)) as opened:
+        assert isinstance(opened, part._Direct)
+        into = memoryview(bytearray(SIZE))
+        while opened.readinto(into):
+            pass
+        assert not go_direct(opened._file.fileno(), True), "the flag was taken off"
 
 
 @pytest.mark.parametrize("offset", [0, 12_345])
@@ -148,6 +160,26 @@ def test_a_part_that_is_not_read_to_its_end_leaves_its_buffers(big: tuple[Path, 
     assert len({id(buffer) for buffer in part._spare}) == before
     assert _read(big[0], 0, SIZE, SIZE) == big[1]
     assert len(part._spare) == before
+
+
+def test_nothing_is_read_into_a_buffer_that_was_given_back(
+    big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, under_way = os.preadv, threading.Semaphore(0)
+    ended: list[int] = []
+
+    def slow(fd: int, buffers: list[Any], offset: int, *flags: int) -> int:
+        under_way.release()
+        time.sleep(0.2)
+        got = real(fd, buffers, offset, *flags)
+        ended.append(offset)
+        return got
+
+    monkeypatch.setattr(os, "preadv", slow)
+    with closing(open_part(big[0], 0, SIZE)):
+        under_way.acquire()
+    assert ended == [0]
+    assert len(part._spare) == 2
 
 
 def test_conversion_and_proof_read_the_same_around_the_cache(
