@@ -136,6 +136,11 @@ def test_what_steps_spent_is_summed_over_all_outputs(home: Path, tmp_path: Path)
     assert result.floor == expected, "shared by four workers"
 
 
+def test_factors_take_time_to_read_and_decode_as_weights_do(home: Path, tmp_path: Path) -> None:
+    result = bridge.plan(home / "lora", tmp_path / "out", to="peft-adapter", lora_alpha=ALPHA).run()
+    assert min(result.spent.read, result.spent.decode, result.spent.write) > 0
+
+
 @pytest.fixture
 def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Spent], str]]:
     """What the command prints about a run of seven seconds on two workers that spent so much."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def show(found: Found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # a pipe has no width to keep to
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(headline(found))
     for columns, rows in _tables(found):
         table = Table(*columns[:1], box=None, pad_edge=False)
