@@ -112,12 +112,13 @@ def plan(
     if problems or chosen is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
-    outputs, loss, notes = _outputs(
-        inputs, reference, way, chosen, alphas, ranks, options, destination, progress
-    )
+    # before the work that some outputs are
     assets = read_assets(checkpoint.source.root)
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root)
+    outputs, loss, notes = _outputs(
+        inputs, reference, way, chosen, alphas, ranks, options, destination, progress
+    )
     outputs, said = _with_files(inputs, outputs, assets, options)
     stamps = dict(assets.stamps)
     for each in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):

@@ -62,7 +62,7 @@ class Result:
 
     @property
     def floor(self) -> float:
-        """Seconds that reading, decoding and writing alone took, shared by the workers."""
+        """Seconds that waiting for reads, decoding and writing alone took, shared by the workers."""
         return (self.spent.read + self.spent.decode + self.spent.write) / self.workers
 
     @property

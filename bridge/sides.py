@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -268,12 +269,16 @@ class _Errand:
         """Every weight as both sides hold it, valid until the next."""
         rule = self.rule.flat if self.flat else self.rule
         names = dict(self.rule.weights(self.sizes))
-        sides = [
-            _pieces(side, self.part, self.rule, self.sizes, each, flat=self.flat)
-            for side, each in zip((self.a, self.b), done, strict=True)
-        ]
-        for (piece, held_a), (_, held_b) in _aligned(*sides):
-            yield Both(self.part, rule, names[piece.index], piece.index, piece.start, held_a, held_b)
+        with ExitStack() as stack:
+            # files are closed where one side fails, not when its error is forgotten
+            sides = [
+                stack.enter_context(
+                    closing(_pieces(side, self.part, self.rule, self.sizes, each, flat=self.flat))
+                )
+                for side, each in zip((self.a, self.b), done, strict=True)
+            ]
+            for (piece, held_a), (_, held_b) in _aligned(*sides):
+                yield Both(self.part, rule, names[piece.index], piece.index, piece.start, held_a, held_b)
 
 
 def _run(errand: _Errand, look: Callable[[Both], T], ticker: _Ticker) -> tuple[list[T], tuple[Done, Done]]:
@@ -328,7 +333,7 @@ def _load(side: Side, rule: Rule, sizes: dict[str, int], *, flat: bool) -> Load:
     return Load(sum(each.nbytes for each in specs.values()), memory)
 
 
-Pieces = Iterator[tuple[Piece, Held]]
+Pieces = Generator[tuple[Piece, Held], None, None]
 
 
 def _pieces(side: Side, part: Part, rule: Rule, sizes: dict[str, int], done: Done, *, flat: bool) -> Pieces:

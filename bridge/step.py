@@ -159,7 +159,6 @@ class _Changes:
     def _read(self, index: Index) -> Matrices | None:
         if self._factors_at is not None:
             factors = self._factors_at(index)
-            assert factors is not None
             self._faults.look_at_factors(index, factors.a, factors.b)
             wide = (each.astype(FLOAT32, copy=False) for each in (factors.a, factors.b))
             return Matrices(*split(self._step.rule.equation.one, *wide), factors.scale)

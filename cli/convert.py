@@ -162,8 +162,8 @@ def _floor_lines(result: Result) -> list[str]:
     if not result.floor or result.converting_seconds < 1:
         return []
     return [
-        f"             {result.converting_seconds / result.floor:.1f} x its floor: {workers} workers read "
-        f"{spent.read:.1f} s, decoded {spent.decode:.1f} s, wrote {spent.write:.1f} s"
+        f"             {result.converting_seconds / result.floor:.1f} x its floor: {workers} workers waited "
+        f"{spent.read:.1f} s for reads, decoded {spent.decode:.1f} s, wrote {spent.write:.1f} s"
     ]
 
 

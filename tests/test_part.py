@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def direct(monkeypatch: pytest.MonkeyPatch, big: tuple[Path, bytes]) -> None:
         if not go_direct(file.fileno(), True):
             pytest.skip("this file system reads through the page cache only")
     monkeypatch.setattr(part, "is_cached", lambda *_: False)
-    monkeypatch.setattr(part, "LEAST_BYTES", 1)
+    monkeypatch.setattr(part, "LEAST_BYTES", 0)
     monkeypatch.setattr(part, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(part, "_spare", [])
 
@@ -94,21 +95,60 @@ def test_a_file_that_ends_too_soon_gives_what_it_has(big: tuple[Path, bytes], di
     assert _read(path, 5, SIZE + BLOCK, SIZE) == data[5:]
 
 
-def test_what_lies_in_the_cache_is_read_from_there(tmp_path: Path) -> None:
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Path, int]:
+    """A file of four blocks on a disk, of which pages can be dropped from the cache."""
     path = tmp_path / "file"
-    length = part.LEAST_BYTES
-    path.write_bytes(bytes(length))
+    path.write_bytes(bytes(4 * part.BLOCK_BYTES))
+    _drop(path)
+    with path.open("rb") as file:
+        if is_cached(file.fileno(), 0, 4 * part.BLOCK_BYTES) or not go_direct(file.fileno(), True):
+            pytest.skip("this file system keeps everything in memory, or does not say")
+    return path, 4 * part.BLOCK_BYTES
+
+
+def _drop(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        file.read()
-        assert is_cached(file.fileno(), 0, length)
-        with closing(open_part(path, 0, length)) as opened:
-            assert not isinstance(opened, part._Direct)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if is_cached(file.fileno(), 0, length):
-            pytest.skip("this file system keeps everything in memory")
-        with closing(open_part(path, 0, length)) as opened:
-            assert isinstance(opened, part._Direct)
+
+
+def _is_direct(path: Path, length: int) -> bool:
+    with closing(open_part(path, 0, length)) as opened:
+        into = memoryview(bytearray(length))
+        while opened.readinto(into):
+            pass
+        return isinstance(opened, part._Direct)
+
+
+def test_what_lies_in_the_cache_is_read_from_there(stored: tuple[Path, int]) -> None:
+    path, length = stored
+    assert _is_direct(path, length)
+    path.read_bytes()
+    assert not _is_direct(path, length)
+    _drop(path)
+    assert _is_direct(path, length)
+
+
+def test_looking_does_not_fill_the_cache(stored: tuple[Path, int]) -> None:
+    path, length = stored
+    assert all(_is_direct(path, length) for _ in range(20))
+
+
+def test_what_fits_in_a_block_is_read_plainly(stored: tuple[Path, int]) -> None:
+    assert not _is_direct(stored[0], part.LEAST_BYTES)
+    assert part.buffered_bytes(part.LEAST_BYTES) == 0
+
+
+def test_a_file_system_that_does_not_say_is_read_plainly(
+    stored: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preadv(*_: Any) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    with stored[0].open("rb") as file:
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert is_cached(file.fileno(), 0, stored[1])
 
 
 def _refusing(error: int, times: int) -> Callable[..., int]:
@@ -130,6 +170,35 @@ def test_a_file_system_that_takes_the_flag_and_refuses_the_read(
     path, data = big
     monkeypatch.setattr(os, "preadv", _refusing(errno.EINVAL, 1))
     assert _read(path, 3, SIZE - 3, SIZE) == data[3:]
+
+
+@pytest.mark.parametrize("short", [1, ALIGN, ALIGN + 100])
+def test_a_file_system_that_gives_less_than_it_could(
+    big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[Any], offset: int, *flags: int) -> int:
+        return real(fd, [buffers[0][: max(len(buffers[0]) - short, 1)]], offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert _read(big[0], 77, SIZE - 77, SIZE) == big[1][77:]
+
+
+def test_a_file_that_shrinks_ends_there(
+    big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing that lies elsewhere is taken for what is missing."""
+    path = tmp_path / "file"
+    path.write_bytes(big[1])
+    real, cut = os.preadv, BLOCK + 100
+
+    def preadv(fd: int, buffers: list[Any], offset: int, *flags: int) -> int:
+        os.truncate(path, cut)
+        return real(fd, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert _read(path, 50, SIZE - 50, SIZE) == big[1][50:cut]
 
 
 def test_a_fault_of_the_disk_is_raised_to_who_reads(
@@ -165,21 +234,44 @@ def test_a_part_that_is_not_read_to_its_end_leaves_its_buffers(big: tuple[Path, 
 def test_nothing_is_read_into_a_buffer_that_was_given_back(
     big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, under_way = os.preadv, threading.Semaphore(0)
-    ended: list[int] = []
+    real, stopping = os.preadv, threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+    spare_at_the_end: list[int] = []
 
     def slow(fd: int, buffers: list[Any], offset: int, *flags: int) -> int:
-        under_way.release()
-        time.sleep(0.2)
+        assert stopping.wait(60)
+        time.sleep(0.05)  # for who does not wait
         got = real(fd, buffers, offset, *flags)
-        ended.append(offset)
+        spare_at_the_end.append(len(part._spare))
         return got
 
+    def stop(pool: ThreadPoolExecutor, *arguments: Any, **keywords: Any) -> None:
+        stopping.set()
+        shutdown(pool, *arguments, **keywords)
+
     monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stop)
     with closing(open_part(big[0], 0, SIZE)):
-        under_way.acquire()
-    assert ended == [0]
+        pass
+    assert spare_at_the_end == [0]
     assert len(part._spare) == 2
+
+
+def test_where_no_memory_can_be_had_reads_are_plain(
+    big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(part, "_buffer", refuse)
+    assert _read(big[0], 1, SIZE - 1, SIZE) == big[1][1:]
+
+
+def test_few_buffers_are_kept(big: tuple[Path, bytes], direct: None) -> None:
+    opened = [open_part(big[0], 0, SIZE) for _ in range(part.SPARE)]
+    for one in opened:
+        one.close()
+    assert len(part._spare) == part.SPARE
 
 
 def test_conversion_and_proof_read_the_same_around_the_cache(

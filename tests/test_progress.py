@@ -159,8 +159,14 @@ def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.mark.parametrize(
     ("spent", "line"),
     [
-        (Spent(3.1, 5.2, 1.9), "1.4 x its floor: 2 workers read 3.1 s, decoded 5.2 s, wrote 1.9 s"),
-        (Spent(0.5, 10.0, 0.5), "1.3 x its floor: 2 workers read 0.5 s, decoded 10.0 s, wrote 0.5 s"),
+        (
+            Spent(3.1, 5.2, 1.9),
+            "1.4 x its floor: 2 workers waited 3.1 s for reads, decoded 5.2 s, wrote 1.9 s",
+        ),
+        (
+            Spent(0.5, 10.0, 0.5),
+            "1.3 x its floor: 2 workers waited 0.5 s for reads, decoded 10.0 s, wrote 0.5 s",
+        ),
     ],
 )
 def test_the_end_tells_the_ratio_to_the_floor(ended: Callable[[Spent], str], spent: Spent, line: str) -> None:

@@ -32,6 +32,7 @@ class Spent:
     """Seconds a worker spent in what no conversion can do without: reading, decoding, writing."""
 
     read: float = 0.0
+    """Waiting for it: the disk reads ahead meanwhile."""
     decode: float = 0.0
     write: float = 0.0
 

@@ -29,6 +29,7 @@ from bridge.formats.orbax_listing import (
     store_spec,
 )
 from bridge.formats.orbax_writing import create
+from bridge.formats.part import buffered_bytes
 from bridge.formats.stamps import Stamp, take
 from bridge.specs import Spec, box
 
@@ -77,7 +78,9 @@ class OrbaxSource:
         fetched = 0 if self.location.local or not stored.chunks else max(e.length for e in stored.chunks if e)
         if self._streams(name):
             slab = Spec(stream.slab_shape(array), array.spec.dtype).nbytes
-            return slab + 4 * stream.READ_BYTES + fetched
+            longest = max((extent.length for extent in stored.chunks or () if extent), default=0)
+            ahead = buffered_bytes(longest) if self.location.local else 0
+            return slab + 4 * stream.READ_BYTES + ahead + fetched
         # decoded chunks beside the rows copied out of them
         return 2 * row * (array.chunks[0] if array.chunks else 1) + fetched
 

@@ -8,7 +8,6 @@ while one is worked on. Where a system or a file system has no such thing, plain
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import mmap
@@ -22,12 +21,14 @@ from bridge.formats.location import open_regular
 from bridge.formats.syscalls import go_direct, is_cached, will_read
 
 BLOCK_BYTES = 4 << 20
-#: what is shorter is read plainly
-LEAST_BYTES = 1 << 20
+#: what is not longer is read plainly: nothing could be read ahead of it
+LEAST_BYTES = BLOCK_BYTES
 #: of what goes around the cache, offsets and lengths are multiples of this: no disk has larger blocks
 ALIGN = 4096
 #: how far ahead the disk is asked to read into the cache
 AHEAD_BYTES = 32 << 20
+#: buffers that are kept for parts to come
+SPARE = 8
 
 
 class Part(Protocol):
@@ -46,11 +47,18 @@ def open_part(path: Path, offset: int, length: int) -> Part:
     """Open a part of a regular file for reading once. Raises OSError."""
     file = open_regular(path)
     fd = file.fileno()
-    if length >= LEAST_BYTES and not is_cached(fd, offset, length) and go_direct(fd, True):
-        with contextlib.suppress(RuntimeError):  # no more threads are allowed
+    if length > LEAST_BYTES and not is_cached(fd, offset, length) and go_direct(fd, True):
+        try:
             return _Direct(file, offset, length)
-        go_direct(fd, False)
+        except (RuntimeError, OSError):
+            # no more threads, or memory, are allowed
+            go_direct(fd, False)
     return _Plain(file, offset, length)
+
+
+def buffered_bytes(length: int) -> int:
+    """Bytes of memory that reading a part of this length may take."""
+    return 2 * BLOCK_BYTES if length > LEAST_BYTES else 0
 
 
 class _Plain:
@@ -77,6 +85,24 @@ class _Plain:
 
 #: buffers that no part uses now: new memory costs as much as reading into it
 _spare: list[mmap.mmap] = []
+# they are not in a child's memory
+os.register_at_fork(after_in_child=_spare.clear)
+
+
+def _buffer() -> mmap.mmap:
+    try:
+        return _spare.pop()
+    except IndexError:
+        made = mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # the disk may be writing into it while the process that bridge is part of forks
+            made.madvise(mmap.MADV_DONTFORK)
+        return made
+
+
+def _give_back(buffer: mmap.mmap) -> None:
+    if len(_spare) < SPARE:
+        _spare.append(buffer)
 
 
 class _Direct:
@@ -90,8 +116,12 @@ class _Direct:
         self._asked: deque[tuple[int, mmap.mmap, Future[int]]] = deque()
         self._block: mmap.mmap | None = None
         self._left = memoryview(b"")
-        self._ask()
-        self._ask()
+        try:
+            self._ask()
+            self._ask()
+        except BaseException:
+            self._stop()
+            raise
 
     def readinto(self, into: memoryview) -> int:
         if not self._left:
@@ -103,12 +133,8 @@ class _Direct:
         return got
 
     def close(self) -> None:
-        # a buffer may go to another part only when nothing is read into it any more
-        self._thread.shutdown(cancel_futures=True)
+        self._stop()
         self._file.close()
-        self._release()
-        _spare.extend(buffer for _, buffer, _ in self._asked)
-        self._asked.clear()
 
     def _ask(self) -> None:
         """Have the thread read the next block, which ends with the part or a little later."""
@@ -122,26 +148,29 @@ class _Direct:
 
     def _take(self) -> None:
         """Have the next block at hand, and the one after it read."""
-        self._release()
-        self._ask()
+        if self._block is not None:
+            self._release()
+            self._ask()
         if self._asked:
             start, self._block, future = self._asked.popleft()
             stop = min(future.result(), self._end - start)
-            self._left = memoryview(self._block)[self._at - start : stop]
+            # nothing, where the block before it was the file's last
+            first = self._at - start
+            self._left = memoryview(self._block)[first : max(stop, first)] if first >= 0 else memoryview(b"")
 
     def _release(self) -> None:
         if self._block is not None:
             self._left.release()
             self._left = memoryview(b"")
-            _spare.append(self._block)
+            _give_back(self._block)
             self._block = None
 
-
-def _buffer() -> mmap.mmap:
-    try:
-        return _spare.pop()
-    except IndexError:
-        return mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE)
+    def _stop(self) -> None:
+        # a buffer may go to another part only when nothing is read into it any more
+        self._thread.shutdown(cancel_futures=True)
+        self._release()
+        while self._asked:
+            _give_back(self._asked.pop()[1])
 
 
 def _read(fd: int, into: memoryview, offset: int) -> int:
@@ -151,12 +180,11 @@ def _read(fd: int, into: memoryview, offset: int) -> int:
         try:
             got = os.preadv(fd, [into[done:]], offset + done)
         except OSError as error:
-            # some file systems take the flag and refuse the read
+            # some file systems take the flag and refuse the read, or gave less than whole blocks before
             if error.errno != errno.EINVAL or not go_direct(fd, False):
                 raise
             continue
         done += got
-        # only at its end does a file give less than whole blocks
-        if got == 0 or done % ALIGN:
+        if got == 0 or offset + done >= os.fstat(fd).st_size:
             break
     return done

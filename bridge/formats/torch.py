@@ -20,7 +20,7 @@ import numpy as np
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
-from bridge.formats.part import Part, open_part
+from bridge.formats.part import Part, buffered_bytes, open_part
 from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
 from bridge.formats.stamps import Stamp, take
 from bridge.formats.syscalls import WriteBehind, allocate
@@ -61,7 +61,8 @@ class TorchSource:
         return "streamed"
 
     def buffered_bytes(self, name: str) -> int:
-        return min(self.files[name][1].spec.nbytes, SLAB_BYTES)
+        held = self.files[name][1].spec.nbytes
+        return min(held, SLAB_BYTES) + buffered_bytes(held)
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         spec = self.files[name][1].spec
