@@ -52,17 +52,16 @@ class Equation:
 
     def _check(self, text: str) -> None:
         named_left = [axis for axis in self.left if axis != UNIT]
-        named_right = [axis for group in self.right for axis in group]
-        for axis in named_left + named_right:
+        for axis in (*named_left, *self.weight_axes):
             if not axis.isidentifier():
                 raise ValueError(f"axis equation {text!r}: {axis!r} is not a name")
-        for side in (named_left, named_right):
+        for side in (named_left, self.weight_axes):
             for axis in side:
                 if side.count(axis) > 1:
                     raise ValueError(f"axis equation {text!r}: {axis!r} stands twice on one side")
         if not all(self.right) or not self.right:
             raise ValueError(f"axis equation {text!r}: an empty group on the right")
-        for axis in named_right:
+        for axis in self.weight_axes:
             if axis not in named_left:
                 raise ValueError(f"axis equation {text!r}: {axis!r} stands on the right alone")
 
@@ -73,8 +72,17 @@ class Equation:
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
         """Axes on the left alone, in order: they become part of the weight's name."""
-        kept = {axis for group in self.right for axis in group}
-        return tuple(axis for axis in self.left if axis != UNIT and axis not in kept)
+        return tuple(axis for axis in self.left if axis != UNIT and axis not in self.weight_axes)
+
+    @cached_property
+    def weight_axes(self) -> tuple[str, ...]:
+        """Axes of one weight, in order, its groups taken apart."""
+        return tuple(axis for group in self.right for axis in group)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the weights of a leaf lie in it one after the other: placeholders come first."""
+        return self.left[: len(self.placeholders)] == self.placeholders
 
     @cached_property
     def streams(self) -> bool:
@@ -117,12 +125,12 @@ class Equation:
     def arrange(self, one: np.ndarray) -> np.ndarray:
         """The weight of one slice: transpose and reshape. ``one`` has :attr:`one`'s left axes."""
         axes = self.one.left
-        flat = [axis for group in self.right for axis in group]
         sizes = dict(zip(axes, one.shape, strict=True))
-        return one.transpose([axes.index(axis) for axis in flat]).reshape(self.weight_shape(sizes))
+        return one.transpose([axes.index(axis) for axis in self.weight_axes]).reshape(
+            self.weight_shape(sizes)
+        )
 
     def restore(self, weight: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The slice of one weight: undoes :meth:`arrange`, given the size of each axis."""
-        flat = [axis for group in self.right for axis in group]
-        spread = weight.reshape([sizes[axis] for axis in flat])
-        return spread.transpose([flat.index(axis) for axis in self.one.left])
+        spread = weight.reshape([sizes[axis] for axis in self.weight_axes])
+        return spread.transpose([self.weight_axes.index(axis) for axis in self.one.left])

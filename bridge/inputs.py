@@ -70,12 +70,12 @@ def weights_reader(
     if checkpoint.layout is None:
         weights = LeafWeights(key, checkpoint.stored[rule.leaf])
     else:
-        placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
         names = dict(rule.weights(sizes))
         tensors = {index: (key, checkpoint.stored[name]) for index, name in names.items()}
         if flat:
             shape = inputs.spec(next(iter(tensors.values()))).shape
             rule = rule.flat
+            placeholders = {axis: sizes[axis] for axis in rule.equation.placeholders}
             groups = (group[0] for group in rule.equation.right)
             sizes = {**placeholders, **dict(zip(groups, shape, strict=True))}
         twins = {

@@ -159,10 +159,11 @@ class TensorWeights:
     ) -> Iterator[Region]:
         """One weight, from its tensor."""
         read, one = self.tensors[index], rule.equation.one
-        axes = [axis for group in one.right for axis in group]
-        order = [axes.index(axis) for axis in one.left]
+        order = [one.weight_axes.index(axis) for axis in one.left]
         digest = xxhash.xxh3_128()
-        for at, values in sources[read[0]].slabs(read[1], tuple(self.sizes[a] for a in axes), done.spent):
+        for at, values in sources[read[0]].slabs(
+            read[1], tuple(self.sizes[a] for a in one.weight_axes), done.spent
+        ):
             digest.update(raw(values))
             yield Region(index, tuple(at[axis] for axis in order), values.transpose(order))
             if tick is not None:

@@ -322,7 +322,7 @@ def _load(side: Side, rule: Rule, sizes: dict[str, int], *, flat: bool) -> Load:
     )
     if equation.streams and not equation.placeholders:
         one = 0  # its rows are looked at as they are read
-    elif side.is_jax and equation.left[: len(equation.placeholders)] != equation.placeholders:
+    elif side.is_jax and not equation.in_order:
         # no weight is whole before the end of the leaf
         one *= math.prod(local[axis] for axis in equation.placeholders)
     memory = one + max(side.inputs.sources[key].buffered_bytes(name) for key, name in specs)

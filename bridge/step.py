@@ -139,8 +139,6 @@ class _Changes:
     def __init__(self, step: Step, sources: Sources, done: Done, faults: _Faults, tick: Tick | None) -> None:
         self._step, self._sources, self._done, self._faults, self._tick = step, sources, done, faults, tick
         self._held: dict[Index, Matrices | None] = {}
-        equation = step.rule.equation
-        self._in_order = equation.left[: len(equation.placeholders)] == equation.placeholders
         reader = step.factors
         self._factors_at = (
             reader.open(step.rule, sources, done, tick) if isinstance(reader, LeafFactors) else None
@@ -150,7 +148,7 @@ class _Changes:
         if self._step.factors is None:
             return None
         if index not in self._held:
-            if self._in_order:
+            if self._step.rule.equation.in_order:
                 # weights come one after the other: the last one's is not needed again
                 self._held.clear()
             self._held[index] = self._read(index)

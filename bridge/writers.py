@@ -70,8 +70,7 @@ class TensorWriter:
     def held(self, rule: Rule, sizes: Mapping[str, int]) -> int:
         """Bytes that a step holds while it writes."""
         cell = _tensor_cell(rule.equation.one, sizes, self.spec.dtype)
-        leading = rule.equation.left[: len(rule.equation.placeholders)] == rule.equation.placeholders
-        return Spec(cell, self.spec.dtype).nbytes * (1 if leading else max(len(self.names), 1))
+        return Spec(cell, self.spec.dtype).nbytes * (1 if rule.equation.in_order else max(len(self.names), 1))
 
     def open(self, rule: Rule, sizes: Mapping[str, int], sink: Sink, faults: Faults) -> Session:
         return _TensorSession(self, rule, sizes, sink, faults)
@@ -79,10 +78,9 @@ class TensorWriter:
 
 def _tensor_cell(one: Equation, sizes: Mapping[str, int], dtype: np.dtype) -> tuple[int, ...]:
     """How much of a tensor is gathered, in the axes of its right side, before it is written."""
-    axes = tuple(axis for group in one.right for axis in group)
-    shape = tuple(sizes[axis] for axis in axes)
+    shape = tuple(sizes[axis] for axis in one.weight_axes)
     # where the order of axes changes, every row of the source reaches into every row of the tensor
-    return run_shape(Spec(shape, dtype), RUN_BYTES) if axes == one.left else shape
+    return run_shape(Spec(shape, dtype), RUN_BYTES) if one.weight_axes == one.left else shape
 
 
 class _TensorSession:
@@ -143,16 +141,14 @@ class LeafWriter:
 
     def cell(self, equation: Equation) -> tuple[int, ...]:
         """How much of the leaf is gathered before it is written."""
-        lead = equation.placeholders
         # weights come one after the other: a leaf that holds them in another order is gathered whole
-        in_order = equation.left[: len(lead)] == lead
-        return run_shape(self.spec, RUN_BYTES) if in_order else self.spec.shape
+        return run_shape(self.spec, RUN_BYTES) if equation.in_order else self.spec.shape
 
     def held(self, rule: Rule, sizes: Mapping[str, int]) -> int:
         """Bytes that a step holds while it writes: the chunks that one weight fills together."""
         cell = Spec(self.cell(rule.equation), self.spec.dtype).nbytes
         one = rule.equation.one
-        if tuple(axis for group in one.right for axis in group) == one.left:
+        if one.weight_axes == one.left:
             return cell  # what comes in its order is written as it comes
         return min(
             max(cell, Spec(tuple(sizes[a] for a in one.left), self.spec.dtype).nbytes), self.spec.nbytes
@@ -213,11 +209,10 @@ class Placing:
     """
 
     def __init__(self, one: Equation, sizes: Mapping[str, int], faults: Faults) -> None:
-        axes = [axis for group in one.right for axis in group]
-        self.order = [one.left.index(axis) for axis in axes]
+        self.order = [one.left.index(axis) for axis in one.weight_axes]
         """Positions, among the leaf's axes, of the tensor's."""
-        self.shape = tuple(sizes[axis] for axis in axes)
-        self._steps = [_steps(group, axes, sizes) for group in one.right]
+        self.shape = tuple(sizes[axis] for axis in one.weight_axes)
+        self._steps = [_steps(group, one.weight_axes, sizes) for group in one.right]
         self._work, self._faults = Workspace(), faults
 
     def grouped(self, at: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -244,7 +239,7 @@ class Placing:
             self._faults.overflows(index)
 
 
-def _steps(group: tuple[str, ...], axes: list[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _steps(group: tuple[str, ...], axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """How far one step along each axis moves along a group of them that is one axis of the matrix."""
     lengths = [sizes[axis] for axis in group]
     step = {axis: math.prod(lengths[i + 1 :]) for i, axis in enumerate(group)}

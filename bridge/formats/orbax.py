@@ -74,15 +74,14 @@ class OrbaxSource:
         stored = self.arrays[name]
         array = stored.array
         row = array.spec.nbytes // max(array.spec.shape[0] if array.spec.shape else 1, 1)
+        longest = max((extent.length for extent in stored.chunks or () if extent), default=0)
         # a bucket's chunk is fetched whole
-        fetched = 0 if self.location.local or not stored.chunks else max(e.length for e in stored.chunks if e)
+        ahead = longest if self.location.local is None else buffered_bytes(longest)
         if self._streams(name):
             slab = Spec(stream.slab_shape(array), array.spec.dtype).nbytes
-            longest = max((extent.length for extent in stored.chunks or () if extent), default=0)
-            ahead = buffered_bytes(longest) if self.location.local else 0
-            return slab + 4 * stream.READ_BYTES + ahead + fetched
+            return slab + 4 * stream.READ_BYTES + ahead
         # decoded chunks beside the rows copied out of them
-        return 2 * row * (array.chunks[0] if array.chunks else 1) + fetched
+        return 2 * row * (array.chunks[0] if array.chunks else 1) + ahead
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         shape = self.arrays[name].array.spec.shape

@@ -13,6 +13,7 @@ import io
 import mmap
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,14 @@ def open_part(path: Path, offset: int, length: int) -> Part:
             # no more threads, or memory, are allowed
             go_direct(fd, False)
     return _Plain(file, offset, length)
+
+
+def fill(readinto: Callable[[memoryview], int], into: memoryview) -> int:
+    """Read until ``into`` is full or there is no more; how many bytes are missing."""
+    done = 0
+    while done < len(into) and (got := readinto(into[done:])):
+        done += got
+    return len(into) - done
 
 
 def buffered_bytes(length: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import SLAB_BYTES, Slab, Spent, zstd
 from bridge.formats.ocdbt import RECOPY, Extent
-from bridge.formats.part import open_part
+from bridge.formats.part import fill, open_part
 from bridge.formats.zarr import ZarrArray
 from bridge.specs import Spec, cells, raw, run_shape
 
@@ -166,14 +166,10 @@ class _Range(io.RawIOBase):
 
 
 def _fill(stream: _Stream, into: memoryview, label: str, path: Path | None) -> None:
-    done = 0
-    while done < len(into):
-        got = _readinto(stream, into[done:], label, path)
-        if got == 0:
-            raise SourceRefused(
-                Problem(f"{path or 'the index'}: {label} ends {len(into) - done} bytes too soon", RECOPY)
-            )
-        done += got
+    with _named(label, path):
+        missing = fill(stream.readinto, into)
+    if missing:
+        raise SourceRefused(Problem(f"{path or 'the index'}: {label} ends {missing} bytes too soon", RECOPY))
 
 
 def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
@@ -189,11 +185,6 @@ def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
         raise SourceRefused(
             Problem(f"{path or 'the index'}: {label} holds more bytes than its shape", RECOPY)
         )
-
-
-def _readinto(stream: _Stream, into: memoryview, label: str, path: Path | None) -> int:
-    with _named(label, path):
-        return stream.readinto(into)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
-from bridge.formats.part import Part, buffered_bytes, open_part
+from bridge.formats.part import Part, buffered_bytes, fill, open_part
 from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
 from bridge.formats.stamps import Stamp, take
 from bridge.formats.syscalls import WriteBehind, allocate
@@ -111,17 +111,11 @@ class TorchSource:
 
     def _fill(self, name: str, part: Part, into: memoryview) -> None:
         with self._named(name):
-            done = 0
-            while done < len(into):
-                got = part.readinto(into[done:])
-                if got == 0:
-                    raise SourceRefused(
-                        Problem(
-                            f"{self.files[name][0]}: {name} ends {len(into) - done} bytes too soon",
-                            "copy it again",
-                        )
-                    )
-                done += got
+            missing = fill(part.readinto, into)
+        if missing:
+            raise SourceRefused(
+                Problem(f"{self.files[name][0]}: {name} ends {missing} bytes too soon", "copy it again")
+            )
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
