@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint import Checkpoint, Module, unknown
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats import Source
@@ -18,7 +19,6 @@ from bridge.patterns import SECONDS
 from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
 from bridge.plugins import adapters
 from bridge.recognise import Place, place_weights
-from bridge.specs import WEIGHT_DTYPES
 
 RESAVE = "save the adapter again with PEFT's save_pretrained, whole"
 

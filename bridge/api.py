@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bridge import converters
+from bridge.arrays import BFLOAT16, Spec, box
 from bridge.checkpoint import open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefused, refuse_if
 from bridge.formats import Source
@@ -20,7 +21,6 @@ from bridge.formats.stamps import changed
 from bridge.planned import Plan
 from bridge.planner import plan
 from bridge.runner import Progress, Result, run, run_steps
-from bridge.specs import BFLOAT16, Spec, box
 from bridge.tree import ROOT
 
 if TYPE_CHECKING:

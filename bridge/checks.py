@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32
 from bridge.gaps import Product, Values, gap, gap_after_cast, near, tiles
 from bridge.runtimes import Outputs, jax_forward, random_input, torch_forward
 from bridge.sides import Both, Held, Side
-from bridge.specs import BFLOAT16, FLOAT16, FLOAT32
 from bridge.spectrum import effective_rank, spectrum
 
 TOKENS = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from bridge.arrays import FLOAT32
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.gaps import Gap, Values, gap
@@ -14,7 +15,6 @@ from bridge.outputs import Output
 from bridge.peft import PREFIX, A
 from bridge.pieces import Done, LeafFactors
 from bridge.sides import Both, Side, walk
-from bridge.specs import FLOAT32
 from bridge.writers import AdapterWriter
 
 

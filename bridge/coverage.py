@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bridge.arrays import WEIGHT_DTYPES
 from bridge.errors import Problem
 from bridge.formats import Source
 from bridge.formats.safetensors import MAX_TENSORS
 from bridge.model import Model
 from bridge.names import grouped
 from bridge.recognise import Fit
-from bridge.specs import WEIGHT_DTYPES
 from bridge.tree import Tree
 
 

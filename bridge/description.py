@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.formats.location import Location
 from bridge.model import Part
 from bridge.names import Template, skeleton
-from bridge.specs import WEIGHT_DTYPES
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from functools import cached_property
 
 import numpy as np
 
+from bridge.arrays import FLOAT32
 from bridge.axes import Equation
 from bridge.pieces import Matrices
-from bridge.specs import FLOAT32
 
 Tile = tuple[slice, ...]
 

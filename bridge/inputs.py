@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from bridge.arrays import Spec
 from bridge.axes import Index
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
@@ -24,7 +25,6 @@ from bridge.pieces import (
 )
 from bridge.rule import Rule
 from bridge.scales import Scale
-from bridge.specs import Spec
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bridge import converters
+from bridge.arrays import WEIGHT_DTYPES
 from bridge.errors import Problem
 from bridge.graph import State
-from bridge.specs import WEIGHT_DTYPES
 
 DTYPES = ("keep", *WEIGHT_DTYPES)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import FLOAT32, WEIGHT_DTYPES, Spec, widest
 from bridge.checkpoint import Checkpoint
 from bridge.formats.peft import CONFIG
 from bridge.graph import State
@@ -25,7 +26,6 @@ from bridge.pieces import (
 )
 from bridge.rule import Rule
 from bridge.scales import Scale
-from bridge.specs import FLOAT32, WEIGHT_DTYPES, Spec, widest
 from bridge.step import Step
 from bridge.tiles import TILE
 from bridge.tree import ROOT, SUFFIX

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.arrays import Spec
 from bridge.checkpoint import Checkpoint
 from bridge.formats.stamps import Stamp
 from bridge.graph import Loss, Route
@@ -18,7 +19,6 @@ from bridge.model import Layout
 from bridge.options import Options
 from bridge.outputs import Output
 from bridge.scales import Scale
-from bridge.specs import Spec
 from bridge.step import Step
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bridge import converters
+from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.assets import Assets, read_assets
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.destination import check_apart, check_destination, check_kept, check_space, check_twins
@@ -20,7 +21,6 @@ from bridge.options import Options, option_problems
 from bridge.outputs import Output, leaf_output, tensor_output
 from bridge.planned import Plan
 from bridge.scales import Scale, scales
-from bridge.specs import BFLOAT16, FLOAT32
 
 
 def plan(

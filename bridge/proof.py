@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from bridge.arrays import FLOAT32, raw
 from bridge.axes import Equation, Index
 from bridge.distance import entries, module_error
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
@@ -46,7 +47,6 @@ from bridge.skeleton import (
     lora_layers,
     reexport_problems,
 )
-from bridge.specs import FLOAT32, raw
 from bridge.writers import AdapterWriter, Pair
 
 if TYPE_CHECKING:

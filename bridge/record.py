@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from bridge.arrays import raw
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import Source
 from bridge.formats.location import Location
 from bridge.publish import RECORD
-from bridge.specs import raw
 from bridge.strict_json import parse_object, shown
 
 if TYPE_CHECKING:

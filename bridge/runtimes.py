@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import BFLOAT16
 from bridge.axes import Equation
 from bridge.pieces import Matrices
 from bridge.sides import Held
-from bridge.specs import BFLOAT16
 
 #: openpi's label of the rank
 _RANK = "L"

@@ -20,6 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bridge import converters
+from bridge.arrays import FLOAT32
 from bridge.axes import Equation, Index
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
@@ -31,7 +32,6 @@ from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, P
 from bridge.rule import Rule
 from bridge.scales import Scale, scales
 from bridge.schedule import Load, schedule
-from bridge.specs import FLOAT32
 
 T = TypeVar("T")
 

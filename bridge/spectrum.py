@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bridge.arrays import all_finite
 from bridge.axes import Equation
 from bridge.lora import singular_values
 from bridge.sides import Held
-from bridge.specs import all_finite
 
 
 def spectrum(one: Equation, held: Held) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from bridge.arrays import FLOAT32, Spec, all_finite, raw
 from bridge.axes import Index
 from bridge.errors import Problem
 from bridge.formats import Sink, Spent
@@ -32,7 +33,6 @@ from bridge.pieces import (
     Weights,
 )
 from bridge.rule import Rule
-from bridge.specs import FLOAT32, Spec, all_finite, raw
 from bridge.writers import AdapterWriter, FactorWriter, Writer, Written
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bridge.arrays import Spec
 from bridge.errors import printable
 from bridge.names import grouped
 from bridge.pieces import LeafFactors, LeafWeights
-from bridge.specs import Spec
 
 if TYPE_CHECKING:
     from bridge.outputs import Output

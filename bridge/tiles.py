@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bridge.specs import FLOAT32, all_finite
+from bridge.arrays import FLOAT32, all_finite
 
 #: elements of a tile: its float32 form takes a megabyte, which a core's second-level cache holds
 TILE = 1 << 18

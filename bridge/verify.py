@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bridge.arrays import FLOAT32
 from bridge.assets import read_assets
 from bridge.checkpoint import open_source
 from bridge.checks import EPSILON, Check, Checker
@@ -26,7 +27,6 @@ from bridge.recognise import optional_weights
 from bridge.record import check_record, check_whole, read_record
 from bridge.runtimes import runtimes
 from bridge.sides import Side, open_side, same_model, walk
-from bridge.specs import FLOAT32
 
 
 @dataclass(frozen=True)

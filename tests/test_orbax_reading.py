@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import bridge
+from bridge.arrays import box
 from bridge.checkpoint import open_source
 from bridge.errors import SourceRefused
 from bridge.formats import part, stream
 from bridge.formats.location import Location, tensorstore_context
 from bridge.formats.orbax import OrbaxSource, open_orbax
-from bridge.specs import box
 from tests import checkpoints
 from tests.checkpoints import Array, Tree
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import bridge
+from bridge.arrays import BFLOAT16
 from bridge.errors import Refusal, SourceRefused
 from bridge.formats.location import Location
 from bridge.formats.ocdbt import index
 from bridge.publish import RECORD
-from bridge.specs import BFLOAT16
 from tests import checkpoints
 from tests.checkpoints import Tree
 

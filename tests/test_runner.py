@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import bridge
+from bridge.arrays import FLOAT32, Spec, box, cells, run_shape
 from bridge.axes import Equation
 from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats import Slab, Spent, stream
@@ -27,7 +28,6 @@ from bridge.pieces import LeafFactors, LeafWeights
 from bridge.planned import Plan
 from bridge.rule import Factors, Rule
 from bridge.runner import run_steps
-from bridge.specs import FLOAT32, Spec, box, cells, run_shape
 from bridge.step import Step, run_step
 from bridge.writers import TensorWriter
 from tests import checkpoints

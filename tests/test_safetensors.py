@@ -18,13 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.arrays import BFLOAT16, WEIGHT_DTYPES, Spec, box
 from bridge.errors import SourceRefused
 from bridge.formats import syscalls
 from bridge.formats import torch as torch_format
 from bridge.formats.location import Location
 from bridge.formats.safetensors import compose, read_header
 from bridge.formats.torch import FILE, INDEX, create, open_torch
-from bridge.specs import BFLOAT16, WEIGHT_DTYPES, Spec, box
 
 METADATA = {"format": "pt"}
 

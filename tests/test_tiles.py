@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import tiles
+from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, Spec, box, cells, run_shape
 from bridge.gather import Gather
-from bridge.specs import BFLOAT16, FLOAT16, FLOAT32, Spec, box, cells, run_shape
 from bridge.tiles import Product, Seen, Workspace, place
 
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)

@@ -460,7 +460,7 @@ def test_large_leaves_are_written_by_rows_in_small_chunks(
 
 
 def test_a_chunk_is_32_megabytes_at_most() -> None:
-    from bridge.specs import BFLOAT16, FLOAT32, Spec
+    from bridge.arrays import BFLOAT16, FLOAT32, Spec
 
     assert orbax_writing.RUN_BYTES == writers.RUN_BYTES == 32 << 20
     for shape, dtype in (

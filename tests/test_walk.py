@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 import bridge
 from bridge import gaps, record, runtimes
+from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.axes import Equation
 from bridge.diff import diff
 from bridge.errors import SourceRefused
@@ -25,7 +26,6 @@ from bridge.pieces import Factors, Matrices
 from bridge.runtimes import jax_forward, torch_forward
 from bridge.schedule import Load, schedule
 from bridge.sides import Held
-from bridge.specs import BFLOAT16, FLOAT32
 from bridge.verify import Verdict, verify
 from tests import checkpoints, golden
 from tests.test_peft_in import train

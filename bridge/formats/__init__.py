@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from bridge.arrays import Spec
 from bridge.formats.location import Location
 from bridge.formats.stamps import Stamp
-from bridge.specs import Spec
 
 Slab = tuple[tuple[int, ...], np.ndarray]
 """A box of an array: the position of its first element along every axis, and the values, with as many axes."""
@@ -112,7 +112,7 @@ class Sink(Protocol):
         """Write an array of its declared dtype, whole or from a position on.
 
         What is written at a position is a run in C order that begins at a multiple of
-        :func:`bridge.specs.run_shape` for `RUN_BYTES`, and ends at one or with the array.
+        :func:`bridge.arrays.run_shape` for `RUN_BYTES`, and ends at one or with the array.
         """
         ...
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import Spec, box
 from bridge.errors import Problem, SourceRefused, printable
 from bridge.formats import Format, Slab, Spent, chunks, stream
 from bridge.formats.location import Location, open_regular, tensorstore_context
@@ -31,7 +32,6 @@ from bridge.formats.orbax_listing import (
 from bridge.formats.orbax_writing import create
 from bridge.formats.part import buffered_bytes
 from bridge.formats.stamps import Stamp, take
-from bridge.specs import Spec, box
 
 ITEM = "params"
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from bridge.arrays import BFLOAT16, Spec, box, cells, raw, run_shape
 from bridge.formats import RUN_BYTES
 from bridge.formats.syscalls import WriteBehind
-from bridge.specs import BFLOAT16, Spec, box, cells, raw, run_shape
 
 ITEM = "params"
 #: Orbax's own

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bridge.arrays import Spec
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import Format
 from bridge.formats.location import Location
 from bridge.formats.safetensors import pickle_problem
 from bridge.formats.stamps import take
 from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
-from bridge.specs import Spec
 from bridge.strict_json import parse_object
 
 FILE = "adapter_model.safetensors"

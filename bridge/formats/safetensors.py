@@ -18,9 +18,9 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from bridge.arrays import BFLOAT16, Spec
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.location import open_regular
-from bridge.specs import BFLOAT16, Spec
 from bridge.strict_json import parse_object, shown
 
 #: bytes; the reference allows 100 MB, which a policy's names do not come near

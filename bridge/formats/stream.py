@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused
 from bridge.formats import SLAB_BYTES, Slab, Spent, zstd
 from bridge.formats.ocdbt import RECOPY, Extent
 from bridge.formats.part import fill, open_part
 from bridge.formats.zarr import ZarrArray
-from bridge.specs import Spec, cells, raw, run_shape
 
 READ_BYTES = 1 << 20
 

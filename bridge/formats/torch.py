@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused, refuse_if
 from bridge.formats import SLAB_BYTES, Format, Slab, Spent
 from bridge.formats.location import Location
@@ -24,7 +25,6 @@ from bridge.formats.part import Part, buffered_bytes, fill, open_part
 from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
 from bridge.formats.stamps import Stamp, take
 from bridge.formats.syscalls import WriteBehind, allocate
-from bridge.specs import Spec, cells, raw, run_shape
 from bridge.strict_json import parse, parse_object, shown
 
 FILE = "model.safetensors"

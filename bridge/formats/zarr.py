@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.specs import BFLOAT16, Spec
+from bridge.arrays import BFLOAT16, Spec
 from bridge.strict_json import parse_object, shown
 
 MAX_BYTES = 1 << 40

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge.specs import BFLOAT16
+from bridge.arrays import BFLOAT16
 from tests import checkpoints
 from tests.faults import ocdbt
 from tests.faults.damage import (

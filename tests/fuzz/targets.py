@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.arrays import Spec, box, raw
 from bridge.errors import Refusal, refuse_if
 from bridge.formats import Spent, chunks, stream
 from bridge.formats.location import Location
@@ -30,7 +31,6 @@ from bridge.formats.torch import FILE, INDEX, TorchSource, open_torch
 from bridge.formats.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.peft import read_config
 from bridge.record import RECORD, check_record, check_whole
-from bridge.specs import Spec, box, raw
 from tests import checkpoints
 from tests.faults import ocdbt
 
