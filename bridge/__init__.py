@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from bridge.api import Opened, convert, load_jax, load_torch, open
     from bridge.description import Description, describe
     from bridge.errors import Problem, Refusal
-    from bridge.model import Adapter, Companions, Facts, Layout, Model, Multiple, Part, Unused
     from bridge.planned import Plan
     from bridge.planner import plan
-    from bridge.rule import Factors, Rule
+    from bridge.rules.model import Adapter, Companions, Facts, Layout, Model, Multiple, Part, Unused
+    from bridge.rules.rule import Factors, Rule
     from bridge.runner import Result, run
 
 _HOMES = {
     "api": ("Opened", "convert", "load_jax", "load_torch", "open"),
     "description": ("Description", "describe"),
     "errors": ("Problem", "Refusal"),
-    "model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
+    "rules.model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
     "planned": ("Plan",),
     "planner": ("plan",),
-    "rule": ("Factors", "Rule"),
+    "rules.rule": ("Factors", "Rule"),
     "runner": ("Result", "run"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -14,10 +14,10 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
 from bridge.inputs import Inputs
-from bridge.model import Layout
-from bridge.names import grouped
 from bridge.outputs import Output, adapter_output, tensor_output
 from bridge.peft import module_of
+from bridge.rules.model import Layout
+from bridge.rules.names import grouped
 from bridge.scales import Scale
 from bridge.writers import AdapterWriter
 
@@ -147,7 +147,7 @@ def _unsavable(
     checkpoint: Checkpoint, found: Mapping[str, float], lora: set[str], where: str
 ) -> list[Problem]:
     """Differing weights that PEFT's modules_to_save cannot carry."""
-    from bridge.names import skeleton
+    from bridge.rules.names import skeleton
 
     forms = {form: rule for rule in checkpoint.model.rules for form, _ in rule.template.skeletons()}
     tied = set(checkpoint.model.tied.values())

@@ -13,12 +13,12 @@ from bridge.checkpoint import Checkpoint, Module, unknown
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats import Source
 from bridge.formats.peft import CONFIG
-from bridge.model import Adapter, Layout, Model
-from bridge.names import grouped
 from bridge.patterns import SECONDS
 from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
 from bridge.plugins import adapters
 from bridge.recognise import Place, place_weights
+from bridge.rules.model import Adapter, Layout, Model
+from bridge.rules.names import grouped
 
 RESAVE = "save the adapter again with PEFT's save_pretrained, whole"
 

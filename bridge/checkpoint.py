@@ -24,12 +24,12 @@ from bridge.formats.location import Location
 from bridge.formats.safetensors import pickle_problem
 from bridge.formats.torch import pickles
 from bridge.graph import State
-from bridge.model import Adapter, Layout, Model, Part
-from bridge.names import grouped
 from bridge.plugins import adapters, formats
 from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
 from bridge.record import read_record
-from bridge.rule import Rule
+from bridge.rules.model import Adapter, Layout, Model, Part
+from bridge.rules.names import grouped
+from bridge.rules.rule import Rule
 from bridge.sizes import Seen, solve
 from bridge.tree import read_tree
 

@@ -9,9 +9,9 @@ from bridge.arrays import WEIGHT_DTYPES
 from bridge.errors import Problem
 from bridge.formats import Source
 from bridge.formats.safetensors import MAX_TENSORS
-from bridge.model import Model
-from bridge.names import grouped
 from bridge.recognise import Fit
+from bridge.rules.model import Model
+from bridge.rules.names import grouped
 from bridge.tree import Tree
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.formats.location import Location
-from bridge.model import Part
-from bridge.names import Template, skeleton
+from bridge.rules.model import Part
+from bridge.rules.names import Template, skeleton
 
 
 @dataclass(frozen=True)

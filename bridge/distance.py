@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge.axes import Equation
 from bridge.lora import factor_axes
+from bridge.rules.equation import Equation
 
 if TYPE_CHECKING:
     import torch

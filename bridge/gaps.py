@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from bridge.arrays import FLOAT32
-from bridge.axes import Equation
 from bridge.pieces import Matrices
+from bridge.rules.equation import Equation
 
 Tile = tuple[slice, ...]
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bridge.arrays import Spec
-from bridge.axes import Index
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.formats import Source
 from bridge.lora import factor_axes
-from bridge.model import Model, Part
 from bridge.pieces import (
     FactorReader,
     LeafFactors,
@@ -23,7 +21,9 @@ from bridge.pieces import (
     TensorWeights,
     Weights,
 )
-from bridge.rule import Rule
+from bridge.rules.equation import Index
+from bridge.rules.model import Model, Part
+from bridge.rules.rule import Rule
 from bridge.scales import Scale
 
 

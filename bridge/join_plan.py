@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from bridge.checkpoint import Checkpoint
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.inputs import Inputs
-from bridge.model import Part
-from bridge.names import grouped
 from bridge.outputs import Output
 from bridge.pieces import Done, ModuleFactors
 from bridge.publish import RECORD
 from bridge.recognise import Place, place_weights
 from bridge.record import read_record
+from bridge.rules.model import Part
+from bridge.rules.names import grouped
 from bridge.scales import Scale, alpha_problems
 from bridge.writers import FactorWriter
 

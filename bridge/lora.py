@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bridge.axes import UNIT, Equation
+from bridge.rules.equation import UNIT, Equation
 
 _RANK = "(rank)"  # no axis of a leaf can have this name
 

@@ -15,7 +15,6 @@ from bridge.formats.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
 from bridge.lora import factor_shapes
-from bridge.model import Layout, Model, Part
 from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
 from bridge.pieces import (
     FactorReader,
@@ -24,7 +23,8 @@ from bridge.pieces import (
     ModuleFactors,
     Weights,
 )
-from bridge.rule import Rule
+from bridge.rules.model import Layout, Model, Part
+from bridge.rules.rule import Rule
 from bridge.scales import Scale
 from bridge.step import Step
 from bridge.tiles import TILE

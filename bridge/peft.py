@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import Problem
-from bridge.names import Template
 from bridge.patterns import SECONDS, Clock
+from bridge.rules.names import Template
 from bridge.strict_json import shown
 from bridge.targets import Targets, read_targets
 

@@ -16,10 +16,10 @@ import numpy as np
 import xxhash
 
 from bridge.arrays import box, raw
-from bridge.axes import UNIT, Index
 from bridge.errors import Problem
 from bridge.formats import Source, Spent
-from bridge.rule import Rule
+from bridge.rules.equation import UNIT, Index
+from bridge.rules.rule import Rule
 
 Tick = Callable[[int], None]
 """Called with the number of source bytes (uncompressed) dealt with since the last call."""

@@ -15,9 +15,9 @@ from bridge.checkpoint import Checkpoint
 from bridge.formats.stamps import Stamp
 from bridge.graph import Loss, Route
 from bridge.inputs import Inputs
-from bridge.model import Layout
 from bridge.options import Options
 from bridge.outputs import Output
+from bridge.rules.model import Layout
 from bridge.scales import Scale
 from bridge.step import Step
 

@@ -16,10 +16,10 @@ from bridge.formats import Source
 from bridge.formats.location import Location
 from bridge.graph import Loss, Route, State, route
 from bridge.inputs import Inputs, shape_problems, size_problems
-from bridge.model import Facts, Layout
 from bridge.options import Options, option_problems
 from bridge.outputs import Output, leaf_output, tensor_output
 from bridge.planned import Plan
+from bridge.rules.model import Facts, Layout
 from bridge.scales import Scale, scales
 
 

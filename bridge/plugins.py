@@ -10,7 +10,7 @@ from bridge.errors import PluginRefused, Problem
 
 if TYPE_CHECKING:
     from bridge.formats import Format
-    from bridge.model import Adapter
+    from bridge.rules.model import Adapter
 
 
 @cache

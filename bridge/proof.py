@@ -27,7 +27,6 @@ import numpy as np
 import xxhash
 
 from bridge.arrays import FLOAT32, raw
-from bridge.axes import Equation, Index
 from bridge.distance import entries, module_error
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.location import Location
@@ -37,7 +36,8 @@ from bridge.lora import factor_axes
 from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors, LeafFactors
 from bridge.publish import RECORD
-from bridge.rule import Rule
+from bridge.rules.equation import Equation, Index
+from bridge.rules.rule import Rule
 from bridge.runtimes import lora_equations, one_thread
 from bridge.skeleton import (
     FIX,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bridge.model import Adapter, Layout, Model, Part
-from bridge.names import grouped, skeleton
 from bridge.plugins import adapters
-from bridge.rule import Rule
+from bridge.rules.model import Adapter, Layout, Model, Part
+from bridge.rules.names import grouped, skeleton
+from bridge.rules.rule import Rule
 
 
 @dataclass(frozen=True)

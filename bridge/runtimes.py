@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import BFLOAT16
-from bridge.axes import Equation
 from bridge.pieces import Matrices
+from bridge.rules.equation import Equation
 from bridge.sides import Held
 
 #: openpi's label of the rank

@@ -21,15 +21,15 @@ from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.arrays import FLOAT32
-from bridge.axes import Equation, Index
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
 from bridge.lora import split
-from bridge.model import Model, Part
 from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
-from bridge.rule import Rule
+from bridge.rules.equation import Equation, Index
+from bridge.rules.model import Model, Part
+from bridge.rules.rule import Rule
 from bridge.scales import Scale, scales
 from bridge.schedule import Load, schedule
 

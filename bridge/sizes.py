@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bridge.errors import Problem
-from bridge.model import Model
+from bridge.rules.model import Model
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,9 @@ import numpy as np
 import xxhash
 
 from bridge.arrays import FLOAT32, Spec, all_finite, raw
-from bridge.axes import Index
 from bridge.errors import Problem
 from bridge.formats import Sink, Spent
 from bridge.lora import split
-from bridge.names import grouped
 from bridge.pieces import (
     Done,
     FactorReader,
@@ -32,7 +30,9 @@ from bridge.pieces import (
     Tick,
     Weights,
 )
-from bridge.rule import Rule
+from bridge.rules.equation import Index
+from bridge.rules.names import grouped
+from bridge.rules.rule import Rule
 from bridge.writers import AdapterWriter, FactorWriter, Writer, Written
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
 from bridge.errors import printable
-from bridge.names import grouped
 from bridge.pieces import LeafFactors, LeafWeights
+from bridge.rules.names import grouped
 
 if TYPE_CHECKING:
     from bridge.outputs import Output

@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from bridge.arrays import FLOAT32, Spec, run_shape
-from bridge.axes import Equation, Index
 from bridge.formats import RUN_BYTES, Sink
 from bridge.gather import Gather
 from bridge.lora import blocks_of, compress, join, pad, reduce, split
 from bridge.pieces import Factors, Matrices, Region
-from bridge.rule import Rule
+from bridge.rules.equation import Equation, Index
+from bridge.rules.rule import Rule
 from bridge.tiles import Product, Seen, Workspace, place
 
 Written = tuple[str, np.ndarray]

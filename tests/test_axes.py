@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.axes import UNIT, Equation
+from bridge.rules.equation import UNIT, Equation
 
 PRIMES = (2, 3, 5, 7)
 

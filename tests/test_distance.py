@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.axes import Equation
 from bridge.distance import distance, module_error, product_norm
 from bridge.lora import delta, factor_axes, split
 from bridge.proof import TOLERANCE
+from bridge.rules.equation import Equation
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import bridge
-from bridge.axes import Equation
 from bridge.formats.torch import TorchSink
 from bridge.lora import FactorAxes, factor_axes
 from bridge.plugins import adapters
+from bridge.rules.equation import Equation
 from tests import checkpoints, golden
 from tests.checkpoints import Array
 from tests.golden import TOLERANCE, differing

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.names import Template, grouped, skeleton
+from bridge.rules.names import Template, grouped, skeleton
 
 SEGMENTS = st.one_of(
     st.sampled_from(["layers", "w", "mlp", "up_proj", "{0..3}", "{1,3}", "{", "a{0}b", "007", "1a"]),

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from bridge.model import Model, Multiple, Part, Unused
 from bridge.plugins import adapters
-from bridge.rule import Factors, Rule
+from bridge.rules.model import Model, Multiple, Part, Unused
+from bridge.rules.rule import Factors, Rule
 
 LORA = Factors("/w", "/lora_a", "/lora_b", "rank", scaled=True)
 FEED_FORWARD = Factors("", "_lora_a", "_lora_b", "ffn_rank", scaled=False)

@@ -18,7 +18,6 @@ import pytest
 
 import bridge
 from bridge.arrays import FLOAT32, Spec, box, cells, run_shape
-from bridge.axes import Equation
 from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats import Slab, Spent, stream
 from bridge.formats.location import Location
@@ -26,7 +25,8 @@ from bridge.inputs import Inputs
 from bridge.lora import delta, factor_axes
 from bridge.pieces import LeafFactors, LeafWeights
 from bridge.planned import Plan
-from bridge.rule import Factors, Rule
+from bridge.rules.equation import Equation
+from bridge.rules.rule import Factors, Rule
 from bridge.runner import run_steps
 from bridge.step import Step, run_step
 from bridge.writers import TensorWriter

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.model import Model, Multiple, Part
-from bridge.rule import Rule
+from bridge.rules.model import Model, Multiple, Part
+from bridge.rules.rule import Rule
 from bridge.sizes import Seen, solve
 
 MODEL = Model(

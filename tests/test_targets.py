@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 
 import bridge
 from bridge.errors import CheckpointRefused
-from bridge.names import grouped
 from bridge.peft import AdapterConfig, read_config
+from bridge.rules.names import grouped
 from tests import checkpoints, golden
 from tests.test_peft_out import load_adapter, lora_modules, tree_of
 

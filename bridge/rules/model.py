@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from bridge.rule import Rule
+from bridge.rules.rule import Rule
 
 Sizes = Mapping[str, int]
 """Size of every axis, by qualified name (``"paligemma.width"``)."""

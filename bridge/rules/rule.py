@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bridge.axes import Equation, Index
 from bridge.lora import FactorAxes, factor_axes
-from bridge.names import Template
+from bridge.rules.equation import Equation, Index
+from bridge.rules.names import Template
 
 
 @dataclass(frozen=True)
