@@ -10,7 +10,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.gaps import Gap, Values, gap
 from bridge.inputs import Inputs
-from bridge.lora import compress, split
+from bridge.lora.algebra import compress, split
 from bridge.outputs import Output
 from bridge.peft import PREFIX, A
 from bridge.pieces import Done, LeafFactors

@@ -14,8 +14,8 @@ from typing import Any
 
 from bridge.checks import values
 from bridge.gaps import gap
+from bridge.lora.spectrum import effective_rank, spectrum
 from bridge.sides import Both, open_side, same_model, walk
-from bridge.spectrum import effective_rank, spectrum
 
 
 @dataclass(frozen=True)

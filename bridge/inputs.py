@@ -10,7 +10,7 @@ from bridge.arrays import Spec
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.formats import Source
-from bridge.lora import factor_axes
+from bridge.lora.algebra import factor_axes
 from bridge.pieces import (
     FactorReader,
     LeafFactors,

@@ -14,7 +14,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.formats.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
-from bridge.lora import factor_shapes
+from bridge.lora.algebra import factor_shapes
 from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
 from bridge.pieces import (
     FactorReader,

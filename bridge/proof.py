@@ -27,12 +27,12 @@ import numpy as np
 import xxhash
 
 from bridge.arrays import FLOAT32, raw
-from bridge.distance import entries, module_error
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.location import Location
 from bridge.formats.peft import CONFIG, open_peft
 from bridge.formats.torch import TorchSource
-from bridge.lora import factor_axes
+from bridge.lora.algebra import factor_axes
+from bridge.lora.distance import entries, module_error
 from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors, LeafFactors
 from bridge.publish import RECORD

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
-from bridge.lora import scaling
+from bridge.lora.algebra import scaling
 
 
 @dataclass(frozen=True)

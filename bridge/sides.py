@@ -25,7 +25,7 @@ from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
-from bridge.lora import split
+from bridge.lora.algebra import split
 from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
 from bridge.rules.equation import Equation, Index
 from bridge.rules.model import Model, Part

@@ -16,7 +16,7 @@ import numpy as np
 from bridge.arrays import FLOAT32, Spec, run_shape
 from bridge.formats import RUN_BYTES, Sink
 from bridge.gather import Gather
-from bridge.lora import blocks_of, compress, join, pad, reduce, split
+from bridge.lora.algebra import blocks_of, compress, join, pad, reduce, split
 from bridge.pieces import Factors, Matrices, Region
 from bridge.rules.equation import Equation, Index
 from bridge.rules.rule import Rule
@@ -331,7 +331,7 @@ class FactorWriter:
     def fitted(self, equation: Equation, matrices: Matrices) -> tuple[np.ndarray, np.ndarray, float]:
         """Factors of openpi's rank for one weight, and their relative error.
 
-        Exact where the matrices are block diagonal as :func:`bridge.lora.split` makes them, or of
+        Exact where the matrices are block diagonal as :func:`bridge.lora.algebra.split` makes them, or of
         no larger rank; else the best approximation.
         """
         wide = [np.promote_types(matrix.dtype, FLOAT32) for matrix in (matrices.a, matrices.b)]

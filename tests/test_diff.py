@@ -16,7 +16,7 @@ import bridge
 from bridge.cli.main import cli
 from bridge.diff import Comparison
 from bridge.diff import diff as compare
-from bridge.spectrum import effective_rank
+from bridge.lora.spectrum import effective_rank
 from tests import checkpoints, golden, mistakes
 from tests.forms import Forms
 

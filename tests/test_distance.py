@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.distance import distance, module_error, product_norm
-from bridge.lora import delta, factor_axes, split
+from bridge.lora.algebra import delta, factor_axes, split
+from bridge.lora.distance import distance, module_error, product_norm
 from bridge.proof import TOLERANCE
 from bridge.rules.equation import Equation
 

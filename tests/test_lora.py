@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.lora import delta, factor_axes, factor_shapes, scaling
+from bridge.lora.algebra import delta, factor_axes, factor_shapes, scaling
 from bridge.rules.equation import Equation
 
 #: (rule's equation, openpi's einsum of a layer): models/gemma.py. "C" stands for its 2 (k|v) and 3 (q|k|v).

@@ -15,7 +15,7 @@ import torch
 
 import bridge
 from bridge.formats.torch import TorchSink
-from bridge.lora import FactorAxes, factor_axes
+from bridge.lora.algebra import FactorAxes, factor_axes
 from bridge.plugins import adapters
 from bridge.rules.equation import Equation
 from tests import checkpoints, golden

@@ -737,7 +737,7 @@ def test_compression_is_the_best_there_is(
 
 def test_reported_error_is_exact(tmp_path: Path) -> None:
     """Not only to the digits printed: the number behind them is the product's, formed in float64."""
-    from bridge.lora import compress
+    from bridge.lora.algebra import compress
 
     rng = np.random.default_rng(0)
     for out, into, rank, to in ((11, 13, 7, 3), (40, 9, 20, 5), (6, 6, 30, 2), (64, 48, 16, 15)):

@@ -22,7 +22,7 @@ from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats import Slab, Spent, stream
 from bridge.formats.location import Location
 from bridge.inputs import Inputs
-from bridge.lora import delta, factor_axes
+from bridge.lora.algebra import delta, factor_axes
 from bridge.pieces import LeafFactors, LeafWeights
 from bridge.planned import Plan
 from bridge.rules.equation import Equation

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bridge.lora import FactorAxes, factor_axes
+from bridge.lora.algebra import FactorAxes, factor_axes
 from bridge.rules.equation import Equation, Index
 from bridge.rules.names import Template
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge.lora import factor_axes
+from bridge.lora.algebra import factor_axes
 from bridge.rules.equation import Equation
 
 if TYPE_CHECKING:

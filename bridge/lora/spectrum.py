@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bridge.arrays import all_finite
-from bridge.lora import singular_values
+from bridge.lora.algebra import singular_values
 from bridge.rules.equation import Equation
 from bridge.sides import Held
 
