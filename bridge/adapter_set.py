@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint import Checkpoint, Module, unknown
 from bridge.errors import CheckpointRefused, Problem, refuse_if
-from bridge.formats import Source
-from bridge.formats.peft import CONFIG
+from bridge.formats.contract import Source
+from bridge.formats.safetensors.peft import CONFIG
 from bridge.patterns import SECONDS
 from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
 from bridge.plugins import adapters

@@ -15,9 +15,9 @@ from bridge import converters
 from bridge.arrays import BFLOAT16, Spec, box
 from bridge.checkpoint import open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefused, refuse_if
-from bridge.formats import Source
-from bridge.formats.location import Location
-from bridge.formats.stamps import changed
+from bridge.formats.contract import Source
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.stamps import changed
 from bridge.planned import Plan
 from bridge.planner import plan
 from bridge.runner import Progress, Result, run, run_steps

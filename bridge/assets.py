@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge.errors import Problem, SourceRefused, printable
-from bridge.formats.location import Location
-from bridge.formats.stamps import Stamp, take
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.stamps import Stamp, take
 
 DIRECTORY = "assets"
 NORM_STATS = "norm_stats.json"

@@ -19,10 +19,10 @@ from bridge.coverage import (
     fit_problems,
 )
 from bridge.errors import CheckpointRefused, Problem, SourceRefused
-from bridge.formats import Format, Source
-from bridge.formats.location import Location
-from bridge.formats.safetensors import pickle_problem
-from bridge.formats.torch import pickles
+from bridge.formats.contract import Format, Source
+from bridge.formats.disk.location import Location
+from bridge.formats.safetensors.header import pickle_problem
+from bridge.formats.safetensors.torch import pickles
 from bridge.graph import State
 from bridge.plugins import adapters, formats
 from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights

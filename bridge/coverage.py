@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.errors import Problem
-from bridge.formats import Source
-from bridge.formats.safetensors import MAX_TENSORS
+from bridge.formats.contract import Source
+from bridge.formats.safetensors.header import MAX_TENSORS
 from bridge.recognise import Fit
 from bridge.rules.model import Model
 from bridge.rules.names import grouped

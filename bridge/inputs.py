@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bridge.arrays import Spec
 from bridge.checkpoint import Checkpoint
 from bridge.errors import Problem
-from bridge.formats import Source
+from bridge.formats.contract import Source
 from bridge.lora.algebra import factor_axes
 from bridge.pieces import (
     FactorReader,

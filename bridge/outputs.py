@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.arrays import FLOAT32, WEIGHT_DTYPES, Spec, widest
 from bridge.checkpoint import Checkpoint
-from bridge.formats.peft import CONFIG
+from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
 from bridge.lora.algebra import factor_shapes

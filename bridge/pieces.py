@@ -17,7 +17,7 @@ import xxhash
 
 from bridge.arrays import box, raw
 from bridge.errors import Problem
-from bridge.formats import Source, Spent
+from bridge.formats.contract import Source, Spent
 from bridge.rules.equation import UNIT, Index
 from bridge.rules.rule import Rule
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
 from bridge.checkpoint import Checkpoint
-from bridge.formats.stamps import Stamp
+from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
 from bridge.inputs import Inputs
 from bridge.options import Options

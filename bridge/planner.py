@@ -12,8 +12,8 @@ from bridge.assets import Assets, read_assets
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.destination import check_apart, check_destination, check_kept, check_space, check_twins
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
-from bridge.formats import Source
-from bridge.formats.location import Location
+from bridge.formats.contract import Source
+from bridge.formats.disk.location import Location
 from bridge.graph import Loss, Route, State, route
 from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.options import Options, option_problems

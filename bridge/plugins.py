@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.errors import PluginRefused, Problem
 
 if TYPE_CHECKING:
-    from bridge.formats import Format
+    from bridge.formats.contract import Format
     from bridge.rules.model import Adapter
 
 

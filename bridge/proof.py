@@ -28,9 +28,9 @@ import xxhash
 
 from bridge.arrays import FLOAT32, raw
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
-from bridge.formats.location import Location
-from bridge.formats.peft import CONFIG, open_peft
-from bridge.formats.torch import TorchSource
+from bridge.formats.disk.location import Location
+from bridge.formats.safetensors.peft import CONFIG, open_peft
+from bridge.formats.safetensors.torch import TorchSource
 from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
 from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config

@@ -17,8 +17,8 @@ import xxhash
 
 from bridge.arrays import raw
 from bridge.errors import Problem, SourceRefused
-from bridge.formats import Source
-from bridge.formats.location import Location
+from bridge.formats.contract import Source
+from bridge.formats.disk.location import Location
 from bridge.publish import RECORD
 from bridge.strict_json import parse_object, shown
 

@@ -16,9 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
-from bridge.formats import Format, Sink, Spent
-from bridge.formats.location import Location
-from bridge.formats.stamps import changed
+from bridge.formats.contract import Format, Sink, Spent
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.stamps import changed
 from bridge.outputs import Output
 from bridge.pieces import Done, Tick
 from bridge.planned import Plan

@@ -23,7 +23,7 @@ from bridge import converters
 from bridge.arrays import FLOAT32
 from bridge.checkpoint import Checkpoint, open_source, understand
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
-from bridge.formats.location import Location
+from bridge.formats.disk.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
 from bridge.lora.algebra import split
 from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import Problem, ProofFailed
-from bridge.formats.peft import CONFIG, FILE
+from bridge.formats.safetensors.peft import CONFIG, FILE
 from bridge.peft import PREFIX
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import xxhash
 
 from bridge.arrays import FLOAT32, Spec, all_finite, raw
 from bridge.errors import Problem
-from bridge.formats import Sink, Spent
+from bridge.formats.contract import Sink, Spent
 from bridge.lora.algebra import split
 from bridge.pieces import (
     Done,

@@ -21,7 +21,7 @@ from bridge.assets import read_assets
 from bridge.checkpoint import open_source
 from bridge.checks import EPSILON, Check, Checker
 from bridge.errors import Problem, Refusal
-from bridge.formats.location import Location
+from bridge.formats.disk.location import Location
 from bridge.publish import RECORD
 from bridge.recognise import optional_weights
 from bridge.record import check_record, check_whole, read_record

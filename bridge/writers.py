@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from bridge.arrays import FLOAT32, Spec, run_shape
-from bridge.formats import RUN_BYTES, Sink
+from bridge.formats.contract import RUN_BYTES, Sink
 from bridge.gather import Gather
 from bridge.lora.algebra import blocks_of, compress, join, pad, reduce, split
 from bridge.pieces import Factors, Matrices, Region

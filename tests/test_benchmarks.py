@@ -8,7 +8,7 @@ import pytest
 
 import bridge
 from bridge.checkpoint import open_source
-from bridge.formats.location import Location
+from bridge.formats.disk.location import Location
 from tests import checkpoints
 from tests.benchmarks import bench, floor, full_size, looking, naive, ranges, tables, watched
 from tests.benchmarks.routes import MADE, ROUTES

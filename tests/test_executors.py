@@ -21,7 +21,7 @@ import pytest
 
 import bridge
 from bridge.errors import Refusal, SourceRefused, ValueRefused
-from bridge.formats import Slab
+from bridge.formats.contract import Slab
 from bridge.inputs import Inputs
 from bridge.planned import Plan
 from tests import checkpoints

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bridge
-from bridge.formats.torch import TorchSink
+from bridge.formats.safetensors.torch import TorchSink
 from bridge.lora.algebra import FactorAxes, factor_axes
 from bridge.plugins import adapters
 from bridge.rules.equation import Equation

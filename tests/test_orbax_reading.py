@@ -15,9 +15,10 @@ import bridge
 from bridge.arrays import box
 from bridge.checkpoint import open_source
 from bridge.errors import SourceRefused
-from bridge.formats import part, stream
-from bridge.formats.location import Location, tensorstore_context
-from bridge.formats.orbax import OrbaxSource, open_orbax
+from bridge.formats.disk import readahead as part
+from bridge.formats.disk.location import Location, tensorstore_context
+from bridge.formats.orbax import stream
+from bridge.formats.orbax.source import OrbaxSource, open_orbax
 from tests import checkpoints
 from tests.checkpoints import Array, Tree
 

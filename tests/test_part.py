@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bridge
-from bridge.formats import part
-from bridge.formats.part import ALIGN, open_part
-from bridge.formats.syscalls import go_direct, is_cached
+from bridge.formats.disk import readahead as part
+from bridge.formats.disk.readahead import ALIGN, open_part
+from bridge.formats.disk.syscalls import go_direct, is_cached
 from bridge.verify import verify
 from tests.golden import Golden
 from tests.test_runner import digest
@@ -288,8 +288,8 @@ def test_conversion_and_proof_read_the_same_around_the_cache(
         opened.append(open_part(*arguments))
         return opened[-1]
 
-    monkeypatch.setattr("bridge.formats.torch.open_part", noted)
-    monkeypatch.setattr("bridge.formats.stream.open_part", noted)
+    monkeypatch.setattr("bridge.formats.safetensors.torch.open_part", noted)
+    monkeypatch.setattr("bridge.formats.orbax.stream.open_part", noted)
     for to in ("torch-merged", "peft-adapter"):
         bridge.convert(golden.checkpoint, tmp_path / "around" / to, to=to, **golden.options)
     bridge.convert(tmp_path / "around" / "torch-merged", tmp_path / "around" / "orbax", to="orbax")

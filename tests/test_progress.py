@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import bridge
 from bridge.cli.convert import convert
 from bridge.cli.show import progress
-from bridge.formats import Spent
+from bridge.formats.contract import Spent
 from bridge.planned import Plan
 from bridge.runner import Result
 from tests import checkpoints

@@ -204,7 +204,7 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_call_writes_more_than_a_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux stops at 2 GiB, and macOS refuses more: a tensor goes out in several calls."""
-    from bridge.formats import torch
+    from bridge.formats.safetensors import torch
 
     assert torch.CALL_BYTES < 1 << 31
     step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)

@@ -17,8 +17,8 @@ import pytest
 import bridge
 from bridge.arrays import BFLOAT16
 from bridge.errors import Refusal, SourceRefused
-from bridge.formats.location import Location
-from bridge.formats.ocdbt import index
+from bridge.formats.disk.location import Location
+from bridge.formats.orbax.ocdbt import index
 from bridge.publish import RECORD
 from tests import checkpoints
 from tests.checkpoints import Tree

@@ -19,8 +19,9 @@ import pytest
 import bridge
 from bridge.arrays import FLOAT32, Spec, box, cells, run_shape
 from bridge.errors import OutputRefused, SourceRefused
-from bridge.formats import Slab, Spent, stream
-from bridge.formats.location import Location
+from bridge.formats.contract import Slab, Spent
+from bridge.formats.disk.location import Location
+from bridge.formats.orbax import stream
 from bridge.inputs import Inputs
 from bridge.lora.algebra import delta, factor_axes
 from bridge.pieces import LeafFactors, LeafWeights

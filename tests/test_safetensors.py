@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from bridge.arrays import BFLOAT16, WEIGHT_DTYPES, Spec, box
 from bridge.errors import SourceRefused
-from bridge.formats import syscalls
-from bridge.formats import torch as torch_format
-from bridge.formats.location import Location
-from bridge.formats.safetensors import compose, read_header
-from bridge.formats.torch import FILE, INDEX, create, open_torch
+from bridge.formats.disk import syscalls
+from bridge.formats.disk.location import Location
+from bridge.formats.safetensors import torch as torch_format
+from bridge.formats.safetensors.header import compose, read_header
+from bridge.formats.safetensors.torch import FILE, INDEX, create, open_torch
 
 METADATA = {"format": "pt"}
 
@@ -508,7 +508,7 @@ def test_what_is_written_behind_is_bounded_and_a_fault_of_the_disk_is_told(
 
 def test_write_behind_holds_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of many small tensors must not take one for each."""
-    from bridge.formats import syscalls
+    from bridge.formats.disk import syscalls
 
     behind = syscalls.WriteBehind()
     with (tmp_path / "file").open("wb") as file:

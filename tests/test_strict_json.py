@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import MAX_LINE, MAX_PROBLEMS, Problem, Refusal
-from bridge.formats import zstd
+from bridge.formats.orbax import zstd
 from bridge.strict_json import MAX_DEPTH, parse, parse_object, shown
 
 VALUES = st.recursive(

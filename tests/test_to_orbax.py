@@ -16,8 +16,8 @@ import torch
 import bridge
 from bridge import writers
 from bridge.errors import OutputRefused, Refusal, RouteRefused
-from bridge.formats import orbax_writing
-from bridge.formats.orbax_writing import OrbaxSink
+from bridge.formats.orbax import sink as orbax_writing
+from bridge.formats.orbax.sink import OrbaxSink
 from tests import checkpoints, golden
 from tests.checkpoints import Tree
 from tests.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, State

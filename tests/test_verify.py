@@ -12,7 +12,7 @@ import bridge
 from bridge import converters
 from bridge.checkpoint import open_source, understand
 from bridge.cli.main import cli
-from bridge.formats.location import Location
+from bridge.formats.disk.location import Location
 from bridge.graph import State
 from bridge.verify import Verdict
 from bridge.verify import verify as prove

@@ -19,7 +19,7 @@ from bridge import gaps, record, runtimes
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.diff import diff
 from bridge.errors import SourceRefused
-from bridge.formats.orbax import OrbaxSource
+from bridge.formats.orbax.source import OrbaxSource
 from bridge.gaps import Product, Values, gap, gap_after_cast, tiles
 from bridge.pieces import Factors, Matrices
 from bridge.rules.equation import Equation

@@ -115,7 +115,7 @@ def _serve() -> None:
     import tensorstore  # noqa: F401  imported before the fork, used after it
     import zstandard  # noqa: F401
 
-    import bridge.formats.syscalls
+    import bridge.formats.disk.syscalls
     import bridge.runner
     import bridge.skeleton
     from bridge.plugins import adapters, formats
@@ -123,7 +123,7 @@ def _serve() -> None:
     # PEFT's loading takes seconds and writes nothing
     bridge.skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
     # write-behind is for large parts, and these are small
-    bridge.formats.syscalls.PART_BYTES = 1
+    bridge.formats.disk.syscalls.PART_BYTES = 1
     adapters(), formats()
     for name in dir(bridge):
         getattr(bridge, name)  # each is imported when it is first asked for

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bridge.formats.location import Location
-from bridge.formats.ocdbt import index
+from bridge.formats.disk.location import Location
+from bridge.formats.orbax.ocdbt import index
 from tests import checkpoints
 from tests.faults.table import Scene
 

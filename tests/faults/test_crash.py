@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from bridge.formats.location import Location
+from bridge.formats.disk.location import Location
 from bridge.record import check_record, check_whole
 from tests import checkpoints
 from tests.faults.crash import (

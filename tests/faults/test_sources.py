@@ -86,13 +86,13 @@ def files(scene: Scene, change: Any) -> None:
 
 def node_bomb(scene: Scene) -> None:
     """A node that decodes to a thousand times the room an index has."""
-    scene.patch.setattr("bridge.formats.ocdbt.MAX_INDEX", 1 << 16)
+    scene.patch.setattr("bridge.formats.orbax.ocdbt.MAX_INDEX", 1 << 16)
     node = root_node(scene)
     node.write_bytes(ocdbt.wrap(ocdbt.NODE, bytes(1 << 26), compress=True).ljust(node.stat().st_size, b"\0"))
 
 
 def manifest_bomb(scene: Scene) -> None:
-    scene.patch.setattr("bridge.formats.ocdbt.MAX_INDEX", 1 << 16)
+    scene.patch.setattr("bridge.formats.orbax.ocdbt.MAX_INDEX", 1 << 16)
     bomb = ocdbt.wrap(ocdbt.MANIFEST, bytes(1 << 26), compress=True)
     (scene.params / "manifest.ocdbt").write_bytes(bomb)
 

@@ -22,13 +22,14 @@ import numpy as np
 
 from bridge.arrays import Spec, box, raw
 from bridge.errors import Refusal, refuse_if
-from bridge.formats import Spent, chunks, stream
-from bridge.formats.location import Location
-from bridge.formats.ocdbt import Extent
-from bridge.formats.orbax import OrbaxSource, open_orbax
-from bridge.formats.peft import CONFIG, open_peft
-from bridge.formats.torch import FILE, INDEX, TorchSource, open_torch
-from bridge.formats.zarr import ZarrArray, parse_v2, parse_v3
+from bridge.formats.contract import Spent
+from bridge.formats.disk.location import Location
+from bridge.formats.orbax import chunks, stream
+from bridge.formats.orbax.ocdbt import Extent
+from bridge.formats.orbax.source import OrbaxSource, open_orbax
+from bridge.formats.orbax.zarr import ZarrArray, parse_v2, parse_v3
+from bridge.formats.safetensors.peft import CONFIG, open_peft
+from bridge.formats.safetensors.torch import FILE, INDEX, TorchSource, open_torch
 from bridge.peft import read_config
 from bridge.record import RECORD, check_record, check_whole
 from tests import checkpoints
@@ -273,7 +274,7 @@ def _dump(data: bytes, scratch: Path) -> None:
     """What ``ts.ocdbt.dump`` may give, made up."""
     import tensorstore as ts
 
-    from bridge.formats.ocdbt import check_files, index
+    from bridge.formats.orbax.ocdbt import check_files, index
 
     node_file = "d/node"
     if not (scratch / "d").exists():

@@ -20,7 +20,7 @@ import numpy as np
 
 from bridge.arrays import BFLOAT16, Spec
 from bridge.errors import Problem, SourceRefused
-from bridge.formats.location import open_regular
+from bridge.formats.disk.location import open_regular
 from bridge.strict_json import parse_object, shown
 
 #: bytes; the reference allows 100 MB, which a policy's names do not come near

@@ -1,4 +1,4 @@
-"""Arrays in any chunk grid, read a chunk at a time: what :mod:`bridge.formats.stream` cannot stream.
+"""Arrays in any chunk grid, read a chunk at a time: what :mod:`bridge.formats.orbax.stream` cannot stream.
 
 Each chunk is decoded into a buffer of its declared size and must fill it exactly, whatever its
 bytes claim.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.formats.ocdbt import Extent
-from bridge.formats.stream import read_chunk
-from bridge.formats.zarr import ZarrArray
+from bridge.formats.orbax.ocdbt import Extent
+from bridge.formats.orbax.stream import read_chunk
+from bridge.formats.orbax.zarr import ZarrArray
 
 Find = Callable[[int], tuple[Path | None, Extent] | None]
 """Where the chunk of a number (in C order of the grid) lies; None for one that holds only zeros."""

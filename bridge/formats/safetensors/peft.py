@@ -12,11 +12,11 @@ from pathlib import Path
 
 from bridge.arrays import Spec
 from bridge.errors import Problem, SourceRefused
-from bridge.formats import Format
-from bridge.formats.location import Location
-from bridge.formats.safetensors import pickle_problem
-from bridge.formats.stamps import take
-from bridge.formats.torch import TorchSink, TorchSource, lay_out, source_of
+from bridge.formats.contract import Format
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.stamps import take
+from bridge.formats.safetensors.header import pickle_problem
+from bridge.formats.safetensors.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.strict_json import parse_object
 
 FILE = "adapter_model.safetensors"

@@ -17,8 +17,8 @@ import numpy as np
 import zstandard
 
 from bridge.arrays import BFLOAT16, Spec, box, cells, raw, run_shape
-from bridge.formats import RUN_BYTES
-from bridge.formats.syscalls import WriteBehind
+from bridge.formats.contract import RUN_BYTES
+from bridge.formats.disk.syscalls import WriteBehind
 
 ITEM = "params"
 #: Orbax's own

@@ -18,10 +18,12 @@ import numpy as np
 
 from bridge.arrays import Spec, box
 from bridge.errors import Problem, SourceRefused, printable
-from bridge.formats import Format, Slab, Spent, chunks, stream
-from bridge.formats.location import Location, open_regular, tensorstore_context
-from bridge.formats.ocdbt import RECOPY, Extent, contained
-from bridge.formats.orbax_listing import (
+from bridge.formats.contract import Format, Slab, Spent
+from bridge.formats.disk.location import Location, open_regular, tensorstore_context
+from bridge.formats.disk.readahead import buffered_bytes
+from bridge.formats.disk.stamps import Stamp, take
+from bridge.formats.orbax import chunks, stream
+from bridge.formats.orbax.listing import (
     Stored,
     list_arrays,
     longest,
@@ -29,9 +31,8 @@ from bridge.formats.orbax_listing import (
     read_tree_metadata,
     store_spec,
 )
-from bridge.formats.orbax_writing import create
-from bridge.formats.part import buffered_bytes
-from bridge.formats.stamps import Stamp, take
+from bridge.formats.orbax.ocdbt import RECOPY, Extent, contained
+from bridge.formats.orbax.sink import create
 
 ITEM = "params"
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats import zstd
-from bridge.formats.location import Location, open_regular, tensorstore_context
+from bridge.formats.disk.location import Location, open_regular, tensorstore_context
+from bridge.formats.orbax import zstd
 
 RECOPY = "the copy is incomplete or damaged: copy the checkpoint again"
 MANIFEST = "manifest.ocdbt"

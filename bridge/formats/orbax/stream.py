@@ -19,10 +19,11 @@ import numpy as np
 
 from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused
-from bridge.formats import SLAB_BYTES, Slab, Spent, zstd
-from bridge.formats.ocdbt import RECOPY, Extent
-from bridge.formats.part import fill, open_part
-from bridge.formats.zarr import ZarrArray
+from bridge.formats.contract import SLAB_BYTES, Slab, Spent
+from bridge.formats.disk.readahead import fill, open_part
+from bridge.formats.orbax import zstd
+from bridge.formats.orbax.ocdbt import RECOPY, Extent
+from bridge.formats.orbax.zarr import ZarrArray
 
 READ_BYTES = 1 << 20
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats import zstd
-from bridge.formats.location import Location, tensorstore_context
-from bridge.formats.ocdbt import RECOPY, Extent, check_files, index, whole_file
-from bridge.formats.zarr import MAX_TEXT, ZarrArray, parse_v2, parse_v3
+from bridge.formats.disk.location import Location, tensorstore_context
+from bridge.formats.orbax import zstd
+from bridge.formats.orbax.ocdbt import RECOPY, Extent, check_files, index, whole_file
+from bridge.formats.orbax.zarr import MAX_TEXT, ZarrArray, parse_v2, parse_v3
 from bridge.strict_json import parse_object, shown
 
 #: bytes of ``_METADATA``; 100,000 leaves take 35 MB

@@ -18,8 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from bridge.formats.location import open_regular
-from bridge.formats.syscalls import go_direct, is_cached, will_read
+from bridge.formats.disk.location import open_regular
+from bridge.formats.disk.syscalls import go_direct, is_cached, will_read
 
 BLOCK_BYTES = 4 << 20
 #: what is not longer is read plainly: nothing could be read ahead of it

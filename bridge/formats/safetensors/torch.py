@@ -19,12 +19,19 @@ import numpy as np
 
 from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats import SLAB_BYTES, Format, Slab, Spent
-from bridge.formats.location import Location
-from bridge.formats.part import Part, buffered_bytes, fill, open_part
-from bridge.formats.safetensors import MAX_TENSORS, Header, Placed, compose, pickle_problem, read_header
-from bridge.formats.stamps import Stamp, take
-from bridge.formats.syscalls import WriteBehind, allocate
+from bridge.formats.contract import SLAB_BYTES, Format, Slab, Spent
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.readahead import Part, buffered_bytes, fill, open_part
+from bridge.formats.disk.stamps import Stamp, take
+from bridge.formats.disk.syscalls import WriteBehind, allocate
+from bridge.formats.safetensors.header import (
+    MAX_TENSORS,
+    Header,
+    Placed,
+    compose,
+    pickle_problem,
+    read_header,
+)
 from bridge.strict_json import parse, parse_object, shown
 
 FILE = "model.safetensors"

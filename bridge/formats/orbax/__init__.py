@@ -1,0 +1,1 @@
+"""Orbax checkpoints: OCDBT, zarr, zstd, read and written without Orbax."""

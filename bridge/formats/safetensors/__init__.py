@@ -1,0 +1,1 @@
+"""safetensors files: state_dicts and PEFT adapters."""
