@@ -15,7 +15,7 @@ from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
 from bridge.inputs import Inputs
 from bridge.outputs import Output, adapter_output, tensor_output
-from bridge.peft import module_of
+from bridge.peft.config import module_of
 from bridge.rules.model import Layout
 from bridge.rules.names import grouped
 from bridge.scales import Scale

@@ -13,8 +13,8 @@ from bridge.checkpoint import Checkpoint, Module, unknown
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
-from bridge.patterns import SECONDS
-from bridge.peft import PREFIX, A, AdapterConfig, B, read_config
+from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
+from bridge.peft.patterns import SECONDS
 from bridge.plugins import adapters
 from bridge.recognise import Place, place_weights
 from bridge.rules.model import Adapter, Layout, Model

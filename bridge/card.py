@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bridge.checkpoint import Checkpoint
 from bridge.outputs import Output
-from bridge.peft import A
+from bridge.peft.config import A
 from bridge.scales import Scale
 
 if TYPE_CHECKING:

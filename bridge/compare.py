@@ -12,7 +12,7 @@ from bridge.gaps import Gap, Values, gap
 from bridge.inputs import Inputs
 from bridge.lora.algebra import compress, split
 from bridge.outputs import Output
-from bridge.peft import PREFIX, A
+from bridge.peft.config import PREFIX, A
 from bridge.pieces import Done, LeafFactors
 from bridge.sides import Both, Side, walk
 from bridge.writers import AdapterWriter

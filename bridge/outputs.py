@@ -15,7 +15,7 @@ from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
 from bridge.lora.algebra import factor_shapes
-from bridge.peft import PREFIX, A, B, Target, compose_config, module_of
+from bridge.peft.config import PREFIX, A, B, Target, compose_config, module_of
 from bridge.pieces import (
     FactorReader,
     LeafFactors,

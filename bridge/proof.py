@@ -33,7 +33,7 @@ from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import TorchSource
 from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
-from bridge.peft import PREFIX, A, AdapterConfig, module_of, read_config
+from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors, LeafFactors
 from bridge.publish import RECORD
 from bridge.rules.equation import Equation, Index

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.errors import Problem, ProofFailed
 from bridge.formats.safetensors.peft import CONFIG, FILE
-from bridge.peft import PREFIX
+from bridge.peft.config import PREFIX
 
 if TYPE_CHECKING:
     import torch

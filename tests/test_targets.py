@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 import bridge
 from bridge.errors import CheckpointRefused
-from bridge.peft import AdapterConfig, read_config
+from bridge.peft.config import AdapterConfig, read_config
 from bridge.rules.names import grouped
 from tests import checkpoints, golden
 from tests.test_peft_out import load_adapter, lora_modules, tree_of

@@ -30,7 +30,7 @@ from bridge.formats.orbax.source import OrbaxSource, open_orbax
 from bridge.formats.orbax.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import FILE, INDEX, TorchSource, open_torch
-from bridge.peft import read_config
+from bridge.peft.config import read_config
 from bridge.record import RECORD, check_record, check_whole
 from tests import checkpoints
 from tests.faults import ocdbt

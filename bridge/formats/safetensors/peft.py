@@ -1,7 +1,7 @@
 """PEFT adapter sets: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
 The tensors are a safetensors file like any other; the config is kept as the JSON object it is,
-and read by :mod:`bridge.peft`. Pickled adapters (``adapter_model.bin``) are never opened.
+and read by :mod:`bridge.peft.config`. Pickled adapters (``adapter_model.bin``) are never opened.
 """
 
 from __future__ import annotations

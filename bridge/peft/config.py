@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import Problem
-from bridge.patterns import SECONDS, Clock
+from bridge.peft.patterns import SECONDS, Clock
+from bridge.peft.targets import Targets, read_targets
 from bridge.rules.names import Template
 from bridge.strict_json import shown
-from bridge.targets import Targets, read_targets
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import Problem
-from bridge.patterns import SECONDS, Clock
+from bridge.peft.patterns import SECONDS, Clock
 
 ALL_LINEAR = "all-linear"
 RESTORE = "restore the config that was saved with the adapter"
