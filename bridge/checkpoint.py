@@ -25,8 +25,8 @@ from bridge.formats.safetensors.header import pickle_problem
 from bridge.formats.safetensors.torch import pickles
 from bridge.graph import State
 from bridge.plugins import adapters, formats
+from bridge.publish.record import read_record
 from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
-from bridge.record import read_record
 from bridge.rules.model import Adapter, Layout, Model, Part
 from bridge.rules.names import grouped
 from bridge.rules.rule import Rule

@@ -10,9 +10,9 @@ from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.inputs import Inputs
 from bridge.outputs import Output
 from bridge.pieces import Done, ModuleFactors
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
+from bridge.publish.record import read_record
 from bridge.recognise import Place, place_weights
-from bridge.record import read_record
 from bridge.rules.model import Part
 from bridge.rules.names import grouped
 from bridge.scales import Scale, alpha_problems

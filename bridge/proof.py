@@ -35,7 +35,7 @@ from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
 from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.pieces import Done, Factors, LeafFactors
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
 from bridge.rules.equation import Equation, Index
 from bridge.rules.rule import Rule
 from bridge.runtimes import lora_equations, one_thread

@@ -23,8 +23,8 @@ from bridge.outputs import Output
 from bridge.pieces import Done, Tick
 from bridge.planned import Plan
 from bridge.plugins import formats
-from bridge.publish import RECORD, publishing
-from bridge.record import combined, record_text
+from bridge.publish.atomic import RECORD, publishing
+from bridge.publish.record import combined, record_text
 from bridge.schedule import Load, schedule
 from bridge.step import Step, run_step
 

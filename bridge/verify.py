@@ -22,9 +22,9 @@ from bridge.checkpoint import open_source
 from bridge.checks import EPSILON, Check, Checker
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
+from bridge.publish.record import check_record, check_whole, read_record
 from bridge.recognise import optional_weights
-from bridge.record import check_record, check_whole, read_record
 from bridge.runtimes import runtimes
 from bridge.sides import Side, open_side, same_model, walk
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 import bridge
-from bridge import destination
-from bridge.destination import check_destination, check_space, check_twins
 from bridge.errors import OutputRefused
+from bridge.publish import preflight as destination
+from bridge.publish.preflight import check_destination, check_space, check_twins
 from tests import checkpoints
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import lock, publish, renaming
 from bridge.errors import OutputRefused
-from bridge.lock import check_lock, locked
-from bridge.publish import RECORD, _prefix, lock_file, publishing, sweep
+from bridge.publish import atomic as publish
+from bridge.publish import lock
+from bridge.publish import rename as renaming
+from bridge.publish.atomic import RECORD, _prefix, lock_file, publishing, sweep
+from bridge.publish.lock import check_lock, locked
 from tests import checkpoints
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import bridge
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
 from bridge.verify import verify
 from tests import checkpoints
 

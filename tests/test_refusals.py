@@ -19,7 +19,7 @@ from bridge.arrays import BFLOAT16
 from bridge.errors import Refusal, SourceRefused
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax.ocdbt import index
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
 from tests import checkpoints
 from tests.checkpoints import Tree
 

@@ -15,13 +15,14 @@ import torch
 from peft import LoraConfig
 
 import bridge
-from bridge import gaps, record, runtimes
+from bridge import gaps, runtimes
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.diff import diff
 from bridge.errors import SourceRefused
 from bridge.formats.orbax.source import OrbaxSource
 from bridge.gaps import Product, Values, gap, gap_after_cast, tiles
 from bridge.pieces import Factors, Matrices
+from bridge.publish import record
 from bridge.rules.equation import Equation
 from bridge.runtimes import jax_forward, torch_forward
 from bridge.schedule import Load, schedule

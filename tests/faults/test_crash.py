@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from bridge.formats.disk.location import Location
-from bridge.record import check_record, check_whole
+from bridge.publish.record import check_record, check_whole
 from tests import checkpoints
 from tests.faults.crash import (
     BROKEN,

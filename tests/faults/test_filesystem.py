@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from bridge.lock import locked
-from bridge.publish import lock_file
+from bridge.publish.atomic import lock_file
+from bridge.publish.lock import locked
 from tests import checkpoints
 from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here, snapshot
 

@@ -31,7 +31,7 @@ from bridge.formats.orbax.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import FILE, INDEX, TorchSource, open_torch
 from bridge.peft.config import read_config
-from bridge.record import RECORD, check_record, check_whole
+from bridge.publish.record import RECORD, check_record, check_whole
 from tests import checkpoints
 from tests.faults import ocdbt
 
@@ -438,7 +438,7 @@ def _output() -> Path:
 def _record_seeds() -> list[bytes]:
     import xxhash
 
-    from bridge.record import _self_sum
+    from bridge.publish.record import _self_sum
 
     ones = xxhash.xxh3_128(np.ones(3, np.float32).tobytes()).hexdigest()
     record: dict[str, Any] = {

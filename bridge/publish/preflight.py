@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bridge.errors import Problem
-from bridge.lock import check_lock
-from bridge.publish import RECORD, lock_file, replaceable
+from bridge.publish.atomic import RECORD, lock_file, replaceable
+from bridge.publish.lock import check_lock
 from bridge.text import size
 
 

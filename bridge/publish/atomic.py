@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridge.errors import OutputRefused, Problem, system_problem
-from bridge.lock import locked
-from bridge.renaming import ASIDE, exchange, lists, place, sync_directory, sync_tree
+from bridge.publish.lock import locked
+from bridge.publish.rename import ASIDE, exchange, lists, place, sync_directory, sync_tree
 
 RECORD = "bridge.json"
 

@@ -19,7 +19,7 @@ from bridge.arrays import raw
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
-from bridge.publish import RECORD
+from bridge.publish.atomic import RECORD
 from bridge.strict_json import parse_object, shown
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Outputs that appear whole, and are accounted for."""
