@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bridge.api import Opened, convert, load_jax, load_torch, open
-    from bridge.description import Description, describe
+    from bridge.checkpoint.describe import Description, describe
     from bridge.errors import Problem, Refusal
     from bridge.planned import Plan
     from bridge.planner import plan
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ("Opened", "convert", "load_jax", "load_torch", "open"),
-    "description": ("Description", "describe"),
+    "checkpoint.describe": ("Description", "describe"),
     "errors": ("Problem", "Refusal"),
     "rules.model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
     "planned": ("Plan",),

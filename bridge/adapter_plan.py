@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from bridge import converters
 from bridge.card import model_card
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.scales import Scale
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
 from bridge.inputs import Inputs
@@ -18,7 +19,6 @@ from bridge.outputs import Output, adapter_output, tensor_output
 from bridge.peft.config import module_of
 from bridge.rules.model import Layout
 from bridge.rules.names import grouped
-from bridge.scales import Scale
 from bridge.writers import AdapterWriter
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import numpy as np
 
 from bridge import converters
 from bridge.arrays import BFLOAT16, Spec, box
-from bridge.checkpoint import open_source, understand
+from bridge.checkpoint.checkpoint import open_source, understand
+from bridge.checkpoint.leaves import ROOT
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefused, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
@@ -21,7 +22,6 @@ from bridge.formats.disk.stamps import changed
 from bridge.planned import Plan
 from bridge.planner import plan
 from bridge.runner import Progress, Result, run, run_steps
-from bridge.tree import ROOT
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.scales import Scale
 from bridge.outputs import Output
 from bridge.peft.config import A
-from bridge.scales import Scale
 
 if TYPE_CHECKING:
     from bridge.options import Options

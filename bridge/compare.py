@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from bridge.arrays import FLOAT32
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.gaps import Gap, Values, gap
 from bridge.inputs import Inputs

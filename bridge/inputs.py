@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bridge.arrays import Spec
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.scales import Scale
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.lora.algebra import factor_axes
@@ -24,7 +25,6 @@ from bridge.pieces import (
 from bridge.rules.equation import Index
 from bridge.rules.model import Model, Part
 from bridge.rules.rule import Rule
-from bridge.scales import Scale
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import FLOAT32, WEIGHT_DTYPES, Spec, widest
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.leaves import ROOT, SUFFIX
+from bridge.checkpoint.scales import Scale
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import State
 from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
@@ -25,10 +27,8 @@ from bridge.pieces import (
 )
 from bridge.rules.model import Layout, Model, Part
 from bridge.rules.rule import Rule
-from bridge.scales import Scale
 from bridge.step import Step
 from bridge.tiles import TILE
-from bridge.tree import ROOT, SUFFIX
 from bridge.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.scales import Scale
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
 from bridge.inputs import Inputs
 from bridge.options import Options
 from bridge.outputs import Output
 from bridge.rules.model import Layout
-from bridge.scales import Scale
 from bridge.step import Step
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from bridge import converters
 from bridge.arrays import BFLOAT16, FLOAT32
-from bridge.assets import Assets, read_assets
-from bridge.checkpoint import Checkpoint, open_source, understand
+from bridge.checkpoint.assets import Assets, read_assets
+from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
+from bridge.checkpoint.scales import Scale, scales
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
@@ -20,7 +21,6 @@ from bridge.outputs import Output, leaf_output, tensor_output
 from bridge.planned import Plan
 from bridge.publish.preflight import check_apart, check_destination, check_kept, check_space, check_twins
 from bridge.rules.model import Facts, Layout
-from bridge.scales import Scale, scales
 
 
 def plan(

@@ -21,7 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from bridge import converters
 from bridge.arrays import FLOAT32
-from bridge.checkpoint import Checkpoint, open_source, understand
+from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
+from bridge.checkpoint.scales import Scale, scales
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.disk.location import Location
 from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
@@ -30,7 +31,6 @@ from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, P
 from bridge.rules.equation import Equation, Index
 from bridge.rules.model import Model, Part
 from bridge.rules.rule import Rule
-from bridge.scales import Scale, scales
 from bridge.schedule import Load, schedule
 
 T = TypeVar("T")

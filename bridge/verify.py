@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from bridge.arrays import FLOAT32
-from bridge.assets import read_assets
-from bridge.checkpoint import open_source
+from bridge.checkpoint.assets import read_assets
+from bridge.checkpoint.checkpoint import open_source
+from bridge.checkpoint.match import optional_weights
 from bridge.checks import EPSILON, Check, Checker
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
 from bridge.publish.atomic import RECORD
 from bridge.publish.record import check_record, check_whole, read_record
-from bridge.recognise import optional_weights
 from bridge.runtimes import runtimes
 from bridge.sides import Side, open_side, same_model, walk
 

@@ -11,7 +11,7 @@ from .show import common, say
 
 if TYPE_CHECKING:
     from bridge import Description
-    from bridge.description import PartDescription
+    from bridge.checkpoint.describe import PartDescription
 
 
 @click.command()

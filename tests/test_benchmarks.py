@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bridge
-from bridge.checkpoint import open_source
+from bridge.checkpoint.checkpoint import open_source
 from bridge.formats.disk.location import Location
 from tests import checkpoints
 from tests.benchmarks import bench, floor, full_size, looking, naive, ranges, tables, watched

@@ -54,7 +54,7 @@ def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
         known = adapters()
         mutants = tuple(map(altered, known))
         assert mutants != known, "nothing was planted"
-        patch.setattr("bridge.recognise.adapters", lambda: mutants)
+        patch.setattr("bridge.checkpoint.match.adapters", lambda: mutants)
 
     return plant
 
@@ -91,7 +91,7 @@ def feed_forward_scaled(patch: pytest.MonkeyPatch) -> None:
 def in_scale(scale: Callable[[int, float], float]) -> Plant:
     """Another factor for the attention's product, from rank and alpha."""
     return lambda patch: patch.setattr(
-        "bridge.scales.scaling", lambda rank, alpha, *, rslora: scale(rank, alpha)
+        "bridge.checkpoint.scales.scaling", lambda rank, alpha, *, rslora: scale(rank, alpha)
     )
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.checkpoint.sizes import Seen, solve
 from bridge.rules.model import Model, Multiple, Part
 from bridge.rules.rule import Rule
-from bridge.sizes import Seen, solve
 
 MODEL = Model(
     "toy",

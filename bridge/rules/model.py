@@ -1,7 +1,7 @@
 """What bridge knows of a model family: its rules, and the facts that shapes do not tell.
 
 An adapter is a plugin that declares :class:`Model`\\ s; it does no I/O. A model is found in a
-checkpoint by names alone (:mod:`bridge.recognise`), its dimensions by shapes (:mod:`bridge.sizes`).
+checkpoint by names alone (:mod:`bridge.checkpoint.match`), its dimensions by shapes (:mod:`bridge.checkpoint.sizes`).
 """
 
 from __future__ import annotations

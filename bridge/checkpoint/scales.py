@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.lora.algebra import scaling
 

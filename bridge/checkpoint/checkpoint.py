@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge import converters
-from bridge.coverage import (
+from bridge.checkpoint.leaves import read_tree
+from bridge.checkpoint.match import Fit, fit_leaves, fit_weights, place_weights
+from bridge.checkpoint.problems import (
     absence_problems,
     count_problems,
     dtype_problems,
     factor_problems,
     fit_problems,
 )
+from bridge.checkpoint.sizes import Seen, solve
 from bridge.errors import CheckpointRefused, Problem, SourceRefused
 from bridge.formats.contract import Format, Source
 from bridge.formats.disk.location import Location
@@ -26,12 +29,9 @@ from bridge.formats.safetensors.torch import pickles
 from bridge.graph import State
 from bridge.plugins import adapters, formats
 from bridge.publish.record import read_record
-from bridge.recognise import Fit, fit_leaves, fit_weights, place_weights
 from bridge.rules.model import Adapter, Layout, Model, Part
 from bridge.rules.names import grouped
 from bridge.rules.rule import Rule
-from bridge.sizes import Seen, solve
-from bridge.tree import read_tree
 
 #: layers that may be missing below the highest before the number itself is taken for the fault
 MAX_GAP = 1000
@@ -132,7 +132,7 @@ def understand(source: Source) -> Checkpoint:
         CheckpointRefused: no adapter's model fits even half of its names.
     """
     if source.format == converters.PEFT.format:
-        from bridge.adapter_set import understand_adapter
+        from bridge.checkpoint.peft_set import understand_adapter
 
         return understand_adapter(source)
     return _from_weights(source) if source.format == "torch" else _from_leaves(source)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.arrays import WEIGHT_DTYPES
-from bridge.checkpoint import Checkpoint, open_source, understand
+from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
 from bridge.formats.disk.location import Location
 from bridge.rules.model import Part
 from bridge.rules.names import Template, skeleton

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
+from bridge.checkpoint.leaves import Tree
+from bridge.checkpoint.match import Fit
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.header import MAX_TENSORS
-from bridge.recognise import Fit
 from bridge.rules.model import Model
 from bridge.rules.names import grouped
-from bridge.tree import Tree
 
 
 def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:

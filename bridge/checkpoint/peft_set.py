@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
-from bridge.checkpoint import Checkpoint, Module, unknown
+from bridge.checkpoint.checkpoint import Checkpoint, Module, unknown
+from bridge.checkpoint.match import Place, place_weights
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
 from bridge.peft.patterns import SECONDS
 from bridge.plugins import adapters
-from bridge.recognise import Place, place_weights
 from bridge.rules.model import Adapter, Layout, Model
 from bridge.rules.names import grouped
 

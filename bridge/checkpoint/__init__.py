@@ -1,0 +1,1 @@
+"""A source, understood: model, dimensions, ranks, problems."""
