@@ -14,12 +14,12 @@ from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.scales import Scale
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
-from bridge.inputs import Inputs
 from bridge.outputs import Output, adapter_output, tensor_output
 from bridge.peft.config import module_of
 from bridge.rules.model import Layout
 from bridge.rules.names import grouped
-from bridge.writers import AdapterWriter
+from bridge.stream.inputs import Inputs
+from bridge.stream.writers import AdapterWriter
 
 if TYPE_CHECKING:
     from bridge.options import Options

@@ -9,13 +9,13 @@ from bridge.arrays import FLOAT32
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.errors import Problem
 from bridge.gaps import Gap, Values, gap
-from bridge.inputs import Inputs
 from bridge.lora.algebra import compress, split
 from bridge.outputs import Output
 from bridge.peft.config import PREFIX, A
-from bridge.pieces import Done, LeafFactors
 from bridge.sides import Both, Side, walk
-from bridge.writers import AdapterWriter
+from bridge.stream.inputs import Inputs
+from bridge.stream.readers import Done, LeafFactors
+from bridge.stream.writers import AdapterWriter
 
 
 def misfits(checkpoint: Checkpoint, reference: Checkpoint) -> list[Problem]:

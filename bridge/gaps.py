@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from bridge.arrays import FLOAT32
-from bridge.pieces import Matrices
 from bridge.rules.equation import Equation
+from bridge.stream.readers import Matrices
 
 Tile = tuple[slice, ...]
 

@@ -9,14 +9,14 @@ from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.match import Place, place_weights
 from bridge.checkpoint.scales import Scale, alpha_problems
 from bridge.errors import CheckpointRefused, Problem, refuse_if
-from bridge.inputs import Inputs
 from bridge.outputs import Output
-from bridge.pieces import Done, ModuleFactors
 from bridge.publish.atomic import RECORD
 from bridge.publish.record import read_record
 from bridge.rules.model import Part
 from bridge.rules.names import grouped
-from bridge.writers import FactorWriter
+from bridge.stream.inputs import Inputs
+from bridge.stream.readers import Done, ModuleFactors
+from bridge.stream.writers import FactorWriter
 
 if TYPE_CHECKING:
     from bridge.options import Options

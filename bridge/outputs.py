@@ -15,21 +15,21 @@ from bridge.checkpoint.leaves import ROOT, SUFFIX
 from bridge.checkpoint.scales import Scale
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import State
-from bridge.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
 from bridge.lora.algebra import factor_shapes
 from bridge.peft.config import PREFIX, A, B, Target, compose_config, module_of
-from bridge.pieces import (
+from bridge.rules.model import Layout, Model, Part
+from bridge.rules.rule import Rule
+from bridge.stream.inputs import Inputs, factor_reader, kept_entries, leaf_factors, weights_reader
+from bridge.stream.readers import (
     FactorReader,
     LeafFactors,
     LeafWeights,
     ModuleFactors,
     Weights,
 )
-from bridge.rules.model import Layout, Model, Part
-from bridge.rules.rule import Rule
-from bridge.step import Step
-from bridge.tiles import TILE
-from bridge.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
+from bridge.stream.step import Step
+from bridge.stream.tiles import TILE
+from bridge.stream.writers import AdapterWriter, FactorWriter, LeafWriter, Pair, TensorWriter, Writer
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.scales import Scale
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
-from bridge.inputs import Inputs
 from bridge.options import Options
 from bridge.outputs import Output
 from bridge.rules.model import Layout
-from bridge.step import Step
+from bridge.stream.inputs import Inputs
+from bridge.stream.step import Step
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

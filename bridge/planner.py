@@ -15,12 +15,12 @@ from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, Ro
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
 from bridge.graph import Loss, Route, State, route
-from bridge.inputs import Inputs, shape_problems, size_problems
 from bridge.options import Options, option_problems
 from bridge.outputs import Output, leaf_output, tensor_output
 from bridge.planned import Plan
 from bridge.publish.preflight import check_apart, check_destination, check_kept, check_space, check_twins
 from bridge.rules.model import Facts, Layout
+from bridge.stream.inputs import Inputs, shape_problems, size_problems
 
 
 def plan(

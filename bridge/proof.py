@@ -34,7 +34,6 @@ from bridge.formats.safetensors.torch import TorchSource
 from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
 from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
-from bridge.pieces import Done, Factors, LeafFactors
 from bridge.publish.atomic import RECORD
 from bridge.rules.equation import Equation, Index
 from bridge.rules.rule import Rule
@@ -47,7 +46,8 @@ from bridge.skeleton import (
     lora_layers,
     reexport_problems,
 )
-from bridge.writers import AdapterWriter, Pair
+from bridge.stream.readers import Done, Factors, LeafFactors
+from bridge.stream.writers import AdapterWriter, Pair
 
 if TYPE_CHECKING:
     import threading
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import torch
 
     from bridge.planned import Plan
-    from bridge.step import Step
+    from bridge.stream.step import Step
 
 #: relative error allowed of a module's product, in the adapter's dtype
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}

@@ -20,13 +20,13 @@ from bridge.formats.contract import Format, Sink, Spent
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import changed
 from bridge.outputs import Output
-from bridge.pieces import Done, Tick
 from bridge.planned import Plan
 from bridge.plugins import formats
 from bridge.publish.atomic import RECORD, publishing
 from bridge.publish.record import combined, record_text
-from bridge.schedule import Load, schedule
-from bridge.step import Step, run_step
+from bridge.stream.readers import Done, Tick
+from bridge.stream.step import Step, run_step
+from bridge.stream.workers import Load, schedule
 
 if TYPE_CHECKING:
     from bridge.proof import Proof

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import BFLOAT16
-from bridge.pieces import Matrices
 from bridge.rules.equation import Equation
 from bridge.sides import Held
+from bridge.stream.readers import Matrices
 
 #: openpi's label of the rank
 _RANK = "L"

@@ -25,13 +25,13 @@ from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
 from bridge.checkpoint.scales import Scale, scales
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.formats.disk.location import Location
-from bridge.inputs import Inputs, factor_reader, shape_problems, weights_reader
 from bridge.lora.algebra import split
-from bridge.pieces import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
 from bridge.rules.equation import Equation, Index
 from bridge.rules.model import Model, Part
 from bridge.rules.rule import Rule
-from bridge.schedule import Load, schedule
+from bridge.stream.inputs import Inputs, factor_reader, shape_problems, weights_reader
+from bridge.stream.readers import Done, Factors, LeafFactors, Matrices, ModuleFactors, Piece, Read
+from bridge.stream.workers import Load, schedule
 
 T = TypeVar("T")
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
 from bridge.errors import printable
-from bridge.pieces import LeafFactors, LeafWeights
 from bridge.rules.names import grouped
+from bridge.stream.readers import LeafFactors, LeafWeights
 
 if TYPE_CHECKING:
     from bridge.outputs import Output
     from bridge.planned import Plan
-    from bridge.step import Step
+    from bridge.stream.step import Step
 
 
 def size(count: float) -> str:

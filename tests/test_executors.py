@@ -22,8 +22,8 @@ import pytest
 import bridge
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats.contract import Slab
-from bridge.inputs import Inputs
 from bridge.planned import Plan
+from bridge.stream.inputs import Inputs
 from tests import checkpoints
 from tests.test_runner import digest
 

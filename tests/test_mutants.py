@@ -102,7 +102,7 @@ def in_delta(delta: Callable[[FactorAxes, Array, Array], Array]) -> Plant:
         weight = equation.arrange(delta(factor_axes(equation), a, b))
         return np.eye(weight.shape[1], dtype=weight.dtype), weight
 
-    return lambda patch: patch.setattr("bridge.step.split", split)
+    return lambda patch: patch.setattr("bridge.stream.step.split", split)
 
 
 def per_head(axes: FactorAxes, a: Array, b: Array) -> Array:

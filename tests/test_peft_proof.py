@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 
 import bridge
-from bridge import writers
 from bridge.errors import ProofFailed
 from bridge.proof import TOLERANCE, prove_adapter
+from bridge.stream import writers
 from tests import checkpoints, golden
 from tests.golden import State
 from tests.test_mutants import in_axes

@@ -22,15 +22,15 @@ from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats.contract import Slab, Spent
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax import stream
-from bridge.inputs import Inputs
 from bridge.lora.algebra import delta, factor_axes
-from bridge.pieces import LeafFactors, LeafWeights
 from bridge.planned import Plan
 from bridge.rules.equation import Equation
 from bridge.rules.rule import Factors, Rule
 from bridge.runner import run_steps
-from bridge.step import Step, run_step
-from bridge.writers import TensorWriter
+from bridge.stream.inputs import Inputs
+from bridge.stream.readers import LeafFactors, LeafWeights
+from bridge.stream.step import Step, run_step
+from bridge.stream.writers import TensorWriter
 from tests import checkpoints
 
 MB = 1 << 20

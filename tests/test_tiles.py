@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge import tiles
 from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, Spec, box, cells, run_shape
-from bridge.gather import Gather
-from bridge.tiles import Product, Seen, Workspace, place
+from bridge.stream import tiles
+from bridge.stream.assemble import Gather
+from bridge.stream.tiles import Product, Seen, Workspace, place
 
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)

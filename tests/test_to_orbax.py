@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 
 import bridge
-from bridge import writers
 from bridge.errors import OutputRefused, Refusal, RouteRefused
 from bridge.formats.orbax import sink as orbax_writing
 from bridge.formats.orbax.sink import OrbaxSink
+from bridge.stream import writers
 from tests import checkpoints, golden
 from tests.checkpoints import Tree
 from tests.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, State

@@ -21,12 +21,12 @@ from bridge.diff import diff
 from bridge.errors import SourceRefused
 from bridge.formats.orbax.source import OrbaxSource
 from bridge.gaps import Product, Values, gap, gap_after_cast, tiles
-from bridge.pieces import Factors, Matrices
 from bridge.publish import record
 from bridge.rules.equation import Equation
 from bridge.runtimes import jax_forward, torch_forward
-from bridge.schedule import Load, schedule
 from bridge.sides import Held
+from bridge.stream.readers import Factors, Matrices
+from bridge.stream.workers import Load, schedule
 from bridge.verify import Verdict, verify
 from tests import checkpoints, golden
 from tests.test_peft_in import train

@@ -24,8 +24,8 @@ from bridge.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
     from bridge.outputs import Output
-    from bridge.pieces import Done
     from bridge.planned import Plan
+    from bridge.stream.readers import Done
 
 #: bytes; 100,000 tensors take 15 MB
 MAX_RECORD = 64 << 20

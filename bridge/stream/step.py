@@ -19,7 +19,10 @@ from bridge.arrays import FLOAT32, Spec, all_finite, raw
 from bridge.errors import Problem
 from bridge.formats.contract import Sink, Spent
 from bridge.lora.algebra import split
-from bridge.pieces import (
+from bridge.rules.equation import Index
+from bridge.rules.names import grouped
+from bridge.rules.rule import Rule
+from bridge.stream.readers import (
     Done,
     FactorReader,
     LeafFactors,
@@ -30,10 +33,7 @@ from bridge.pieces import (
     Tick,
     Weights,
 )
-from bridge.rules.equation import Index
-from bridge.rules.names import grouped
-from bridge.rules.rule import Rule
-from bridge.writers import AdapterWriter, FactorWriter, Writer, Written
+from bridge.stream.writers import AdapterWriter, FactorWriter, Writer, Written
 
 
 @dataclass(frozen=True)

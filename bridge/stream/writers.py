@@ -1,6 +1,6 @@
 """How one rule's weight is written: tensors of a state_dict, LoRA pairs of an adapter, or leaves.
 
-The counterpart of :mod:`bridge.pieces`. Writers hold no data and can be pickled; a *session* of
+The counterpart of :mod:`bridge.stream.readers`. Writers hold no data and can be pickled; a *session* of
 one holds what a step has not written yet.
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from bridge.arrays import FLOAT32, Spec, run_shape
 from bridge.formats.contract import RUN_BYTES, Sink
-from bridge.gather import Gather
 from bridge.lora.algebra import blocks_of, compress, join, pad, reduce, split
-from bridge.pieces import Factors, Matrices, Region
 from bridge.rules.equation import Equation, Index
 from bridge.rules.rule import Rule
-from bridge.tiles import Product, Seen, Workspace, place
+from bridge.stream.assemble import Gather
+from bridge.stream.readers import Factors, Matrices, Region
+from bridge.stream.tiles import Product, Seen, Workspace, place
 
 Written = tuple[str, np.ndarray]
 """A name and the values that went under it, in order; valid until the next."""

@@ -12,7 +12,10 @@ from bridge.checkpoint.scales import Scale
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.lora.algebra import factor_axes
-from bridge.pieces import (
+from bridge.rules.equation import Index
+from bridge.rules.model import Model, Part
+from bridge.rules.rule import Rule
+from bridge.stream.readers import (
     FactorReader,
     LeafFactors,
     LeafWeights,
@@ -22,9 +25,6 @@ from bridge.pieces import (
     TensorWeights,
     Weights,
 )
-from bridge.rules.equation import Index
-from bridge.rules.model import Model, Part
-from bridge.rules.rule import Rule
 
 
 @dataclass(frozen=True)

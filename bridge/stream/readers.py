@@ -2,7 +2,7 @@
 
 Every converter works on the same thing, a *region*: a box of one weight, in the leaf's own axes,
 as much as a slab of the container holds of it. Containers differ only in the readers here and the
-writers of :mod:`bridge.writers`. Readers hold no data and can be pickled. Who needs weights whole
+writers of :mod:`bridge.stream.writers`. Readers hold no data and can be pickled. Who needs weights whole
 asks for :func:`pieces`.
 """
 

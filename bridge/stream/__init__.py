@@ -1,0 +1,1 @@
+"""One rule's weights from container to container, in bounded memory."""
