@@ -76,7 +76,7 @@ def adapter_outputs(
         )
     notes += _rank_notes(adapter)
     if options.compress_to is not None:
-        from bridge.compare import compression_errors
+        from bridge.compare.base import compression_errors
 
         adapter = replace(adapter, approximated=compression_errors(inputs, adapter))
         notes += _compression_notes(adapter.approximated)
@@ -94,7 +94,7 @@ def _compared(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[tuple[str, ...], list[str]]:
     """The weights that differ from the reference, and what to say or refuse about them."""
-    from bridge.compare import differences
+    from bridge.compare.base import differences
 
     found = differences(checkpoint, reference, progress)
     where = reference.source.location

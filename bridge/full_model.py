@@ -18,7 +18,7 @@ import numpy as np
 from bridge.errors import Problem, Refusal
 
 if TYPE_CHECKING:
-    from bridge.sides import Side
+    from bridge.compare.sides import Side
 
 NEEDED = {"state", "tokenized_prompt", "tokenized_prompt_mask", "noise", "actions"}
 #: the one whose modules are called as in transformers' network

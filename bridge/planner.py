@@ -165,7 +165,7 @@ def _reference_problems(inputs: Inputs, reference: Checkpoint) -> list[Problem]:
     """Why an adapter does not fit its base, or weights cannot be compared with a reference's."""
     if inputs.base is not None:
         return shape_problems(inputs)
-    from bridge.compare import misfits
+    from bridge.compare.base import misfits
 
     return misfits(inputs.source, reference)
 

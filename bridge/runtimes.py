@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import BFLOAT16
+from bridge.compare.sides import Held
 from bridge.rules.equation import Equation
-from bridge.sides import Held
 from bridge.stream.readers import Matrices
 
 #: openpi's label of the rank

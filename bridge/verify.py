@@ -21,12 +21,12 @@ from bridge.checkpoint.assets import read_assets
 from bridge.checkpoint.checkpoint import open_source
 from bridge.checkpoint.match import optional_weights
 from bridge.checks import EPSILON, Check, Checker
+from bridge.compare.sides import Side, open_side, same_model, walk
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
 from bridge.publish.atomic import RECORD
 from bridge.publish.record import check_record, check_whole, read_record
 from bridge.runtimes import runtimes
-from bridge.sides import Side, open_side, same_model, walk
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .options import lora
 from .show import common, progress, say
 
 if TYPE_CHECKING:
-    from bridge.diff import Comparison, Difference
+    from bridge.compare.diff import Comparison, Difference
 
 
 @click.command()
@@ -43,7 +43,7 @@ def diff(
     Effective weights are compared, LoRA factors summed in; each line is one kind of weight, the
     most changed first. Exit status 0 whether they differ or not.
     """
-    from bridge.diff import diff as compare
+    from bridge.compare.diff import diff as compare
 
     with progress("comparing", quiet=as_json) as show:
         comparison = compare(

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 import bridge
 from bridge.cli.main import cli
-from bridge.diff import Comparison
-from bridge.diff import diff as compare
+from bridge.compare.diff import Comparison
+from bridge.compare.diff import diff as compare
 from bridge.lora.spectrum import effective_rank
 from tests import checkpoints, golden, mistakes
 from tests.forms import Forms

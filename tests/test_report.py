@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.diff import Comparison, Difference
+from bridge.compare.diff import Comparison, Difference
 from bridge.errors import Problem
 from bridge.report import diff_report, verify_report
 from bridge.verify import Check, Verdict

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from bridge.arrays import all_finite
+from bridge.compare.sides import Held
 from bridge.lora.algebra import singular_values
 from bridge.rules.equation import Equation
-from bridge.sides import Held
 
 
 def spectrum(one: Equation, held: Held) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TypeVar
 
-from bridge.diff import Comparison, Difference
+from bridge.compare.diff import Comparison, Difference
 from bridge.errors import Problem
 from bridge.report import figures
 from bridge.report.figures import BFLOAT16, FLOAT32, Scale

@@ -33,7 +33,7 @@ def verify(src: str, dst: str) -> float:
 
 
 def diff(src: str, dst: str) -> float:
-    from bridge.diff import diff
+    from bridge.compare.diff import diff
 
     began = time.perf_counter()
     diff(src, dst)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.compare.gaps import Gap, Values, gap
+from bridge.compare.sides import Both, Side, walk
 from bridge.errors import Problem
-from bridge.gaps import Gap, Values, gap
 from bridge.lora.algebra import compress, split
 from bridge.outputs import Output
 from bridge.peft.config import PREFIX, A
-from bridge.sides import Both, Side, walk
 from bridge.stream.inputs import Inputs
 from bridge.stream.readers import Done, LeafFactors
 from bridge.stream.writers import AdapterWriter

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.checks import values
-from bridge.gaps import gap
+from bridge.compare.gaps import gap
+from bridge.compare.sides import Both, open_side, same_model, walk
 from bridge.lora.spectrum import effective_rank, spectrum
-from bridge.sides import Both, open_side, same_model, walk
 
 
 @dataclass(frozen=True)

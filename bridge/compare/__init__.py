@@ -1,0 +1,1 @@
+"""Two checkpoints, weight by weight."""
