@@ -29,7 +29,7 @@ from bridge.stream.step import Step, run_step
 from bridge.stream.workers import Load, schedule
 
 if TYPE_CHECKING:
-    from bridge.proof import Proof
+    from bridge.proof.peft import Proof
 
 ABANDONED = ".abandoned"
 """In the private directory, once what is being made there is not wanted any more."""
@@ -98,7 +98,7 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
     notes: list[str] = []
     proof = importing = None
     if plan.output.state is converters.PEFT:
-        from bridge.skeleton import import_peft
+        from bridge.proof.peft_skeleton import import_peft
 
         importing = import_peft()
     with publishing(plan.destination, overwrite=plan.overwrite, notes=notes) as directory:
@@ -114,7 +114,7 @@ def run(plan: Plan, progress: Progress | None = None, executor: Executor | None 
             raise
         refuse_if(changed(plan.stamps), SourceRefused)
         if importing is not None:
-            from bridge.proof import prove_adapter
+            from bridge.proof.peft import prove_adapter
 
             proof = prove_adapter(directory, plan, importing)
     return Result(

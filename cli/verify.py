@@ -13,7 +13,7 @@ from .options import lora
 from .show import common, progress, say
 
 if TYPE_CHECKING:
-    from bridge.verify import Check, Verdict
+    from bridge.proof.verify import Check, Verdict
 
 #: modules named one by one when the proof fails
 SHOWN = 12
@@ -55,7 +55,7 @@ def verify(
     other; all other weights must be equal after the cast; checksums and norm stats are compared.
     SRC alone is checked against its own bridge.json.
     """
-    from bridge.verify import verify as prove
+    from bridge.proof.verify import verify as prove
 
     if full_model != (reference is not None):
         raise click.UsageError(

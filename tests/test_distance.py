@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bridge.lora.algebra import delta, factor_axes, split
 from bridge.lora.distance import distance, module_error, product_norm
-from bridge.proof import TOLERANCE
+from bridge.proof.peft import TOLERANCE
 from bridge.rules.equation import Equation
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -21,7 +21,7 @@ import bridge
 from bridge.formats.disk import readahead as part
 from bridge.formats.disk.readahead import ALIGN, open_part
 from bridge.formats.disk.syscalls import go_direct, is_cached
-from bridge.verify import verify
+from bridge.proof.verify import verify
 from tests.golden import Golden
 from tests.test_runner import digest
 

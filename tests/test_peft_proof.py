@@ -20,7 +20,7 @@ import torch
 
 import bridge
 from bridge.errors import ProofFailed
-from bridge.proof import TOLERANCE, prove_adapter
+from bridge.proof.peft import TOLERANCE, prove_adapter
 from bridge.stream import writers
 from tests import checkpoints, golden
 from tests.golden import State
@@ -524,7 +524,7 @@ def test_a_change_is_compared_in_any_tiles(
     folded: Written, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row once: one that is wrong is seen, and the layer is as it was afterwards."""
-    monkeypatch.setattr("bridge.proof.TILE", tile)
+    monkeypatch.setattr("bridge.proof.peft.TILE", tile)
     prove_adapter(folded.directory, folded.plan)
     get_delta_weight, rows = peft.tuners.lora.layer.Linear.get_delta_weight, iter(range(10**6))
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import pytest
 import safetensors.torch
 
-from bridge.verify import verify
+from bridge.proof.verify import verify
 from tests import golden
 from tests.forms import Forms
 from tests.golden import TOLERANCE, State

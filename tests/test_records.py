@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import bridge
+from bridge.proof.verify import verify
 from bridge.publish.atomic import RECORD
-from bridge.verify import verify
 from tests import checkpoints
 
 OPTIONS = {

@@ -14,8 +14,8 @@ from bridge.checkpoint.checkpoint import open_source, understand
 from bridge.cli.main import cli
 from bridge.formats.disk.location import Location
 from bridge.graph import State
-from bridge.verify import Verdict
-from bridge.verify import verify as prove
+from bridge.proof.verify import Verdict
+from bridge.proof.verify import verify as prove
 from tests import checkpoints, golden
 from tests.forms import Form, Forms
 from tests.golden import TOLERANCE, Golden

@@ -26,7 +26,7 @@ import xxhash
 from click.testing import CliRunner
 
 from bridge.cli.main import cli
-from bridge.verify import verify as prove
+from bridge.proof.verify import verify as prove
 from tests import checkpoints, golden, mistakes
 from tests.checkpoints import Tree
 from tests.forms import Form, Forms

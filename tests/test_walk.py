@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 
 import bridge
-from bridge import runtimes
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.compare import gaps
 from bridge.compare.diff import diff
@@ -23,12 +22,13 @@ from bridge.compare.gaps import Product, Values, gap, gap_after_cast, tiles
 from bridge.compare.sides import Held
 from bridge.errors import SourceRefused
 from bridge.formats.orbax.source import OrbaxSource
+from bridge.proof import runtimes
+from bridge.proof.runtimes import jax_forward, torch_forward
+from bridge.proof.verify import Verdict, verify
 from bridge.publish import record
 from bridge.rules.equation import Equation
-from bridge.runtimes import jax_forward, torch_forward
 from bridge.stream.readers import Factors, Matrices
 from bridge.stream.workers import Load, schedule
-from bridge.verify import Verdict, verify
 from tests import checkpoints, golden
 from tests.test_peft_in import train
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bridge.checks import values
 from bridge.compare.gaps import gap
 from bridge.compare.sides import Both, open_side, same_model, walk
 from bridge.lora.spectrum import effective_rank, spectrum
+from bridge.proof.checks import values
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def diff(
     Raises:
         Refusal: one of them cannot be read, or they are of different models or dimensions.
     """
-    from bridge.verify import alphas_for
+    from bridge.proof.verify import alphas_for
 
     alphas, root = alphas_for((b, a), lora_alpha, rslora)
     sides = open_side(a, base, alphas, root), open_side(b, base, alphas, root)

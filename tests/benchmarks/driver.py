@@ -23,7 +23,7 @@ def convert(src: str, dst: str, **options: Any) -> float:
 
 
 def verify(src: str, dst: str) -> float:
-    from bridge.verify import verify
+    from bridge.proof.verify import verify
 
     began = time.perf_counter()
     verdict = verify(src, dst)

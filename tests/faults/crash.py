@@ -116,12 +116,12 @@ def _serve() -> None:
     import zstandard  # noqa: F401
 
     import bridge.formats.disk.syscalls
+    import bridge.proof.peft_skeleton
     import bridge.runner
-    import bridge.skeleton
     from bridge.plugins import adapters, formats
 
     # PEFT's loading takes seconds and writes nothing
-    bridge.skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
+    bridge.proof.peft_skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
     # write-behind is for large parts, and these are small
     bridge.formats.disk.syscalls.PART_BYTES = 1
     adapters(), formats()

@@ -12,7 +12,7 @@ from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32
 from bridge.compare.gaps import Product, Values, gap, gap_after_cast, near, tiles
 from bridge.compare.sides import Both, Held, Side
 from bridge.lora.spectrum import effective_rank, spectrum
-from bridge.runtimes import Outputs, jax_forward, random_input, torch_forward
+from bridge.proof.runtimes import Outputs, jax_forward, random_input, torch_forward
 
 TOKENS = 5
 #: rounding of one product-sum, in units of the dtype's epsilon, grows with the root of its length

@@ -34,11 +34,7 @@ from bridge.formats.safetensors.torch import TorchSource
 from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
 from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
-from bridge.publish.atomic import RECORD
-from bridge.rules.equation import Equation, Index
-from bridge.rules.rule import Rule
-from bridge.runtimes import lora_equations, one_thread
-from bridge.skeleton import (
+from bridge.proof.peft_skeleton import (
     FIX,
     base_problems,
     import_peft,
@@ -46,6 +42,10 @@ from bridge.skeleton import (
     lora_layers,
     reexport_problems,
 )
+from bridge.proof.runtimes import lora_equations, one_thread
+from bridge.publish.atomic import RECORD
+from bridge.rules.equation import Equation, Index
+from bridge.rules.rule import Rule
 from bridge.stream.readers import Done, Factors, LeafFactors
 from bridge.stream.writers import AdapterWriter, Pair
 

@@ -20,13 +20,13 @@ from bridge.arrays import FLOAT32
 from bridge.checkpoint.assets import read_assets
 from bridge.checkpoint.checkpoint import open_source
 from bridge.checkpoint.match import optional_weights
-from bridge.checks import EPSILON, Check, Checker
 from bridge.compare.sides import Side, open_side, same_model, walk
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
+from bridge.proof.checks import EPSILON, Check, Checker
+from bridge.proof.runtimes import runtimes
 from bridge.publish.atomic import RECORD
 from bridge.publish.record import check_record, check_whole, read_record
-from bridge.runtimes import runtimes
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def verify(
     a, b = open_side(src, base, alphas, root), open_side(dst, base, alphas, root)
     model = same_model(a, b)
     if reference is not None:
-        from bridge.full_model import refuse_unless_runnable
+        from bridge.proof.actions import refuse_unless_runnable
 
         refuse_unless_runnable(dst, b)
     checker = Checker(a, b, rtol, seed)
@@ -139,7 +139,7 @@ def verify(
     problems += trouble
     actions = None
     if reference is not None:
-        from bridge.full_model import compare_actions
+        from bridge.proof.actions import compare_actions
 
         actions, trouble = compare_actions(dst, base, b, reference)
         problems += trouble
