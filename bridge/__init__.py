@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bridge.api import Opened, convert, load_jax, load_torch, open
     from bridge.checkpoint.describe import Description, describe
+    from bridge.conversion.job import Plan
+    from bridge.conversion.plan import plan
+    from bridge.conversion.run import Result, run
     from bridge.errors import Problem, Refusal
-    from bridge.planned import Plan
-    from bridge.planner import plan
     from bridge.rules.model import Adapter, Companions, Facts, Layout, Model, Multiple, Part, Unused
     from bridge.rules.rule import Factors, Rule
-    from bridge.runner import Result, run
 
 _HOMES = {
     "api": ("Opened", "convert", "load_jax", "load_torch", "open"),
     "checkpoint.describe": ("Description", "describe"),
     "errors": ("Problem", "Refusal"),
     "rules.model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
-    "planned": ("Plan",),
-    "planner": ("plan",),
+    "conversion.job": ("Plan",),
+    "conversion.plan": ("plan",),
     "rules.rule": ("Factors", "Rule"),
-    "runner": ("Result", "run"),
+    "conversion.run": ("Result", "run"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

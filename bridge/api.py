@@ -15,13 +15,13 @@ from bridge import converters
 from bridge.arrays import BFLOAT16, Spec, box
 from bridge.checkpoint.checkpoint import open_source, understand
 from bridge.checkpoint.leaves import ROOT
+from bridge.conversion.job import Plan
+from bridge.conversion.plan import plan
+from bridge.conversion.run import Progress, Result, run, run_steps
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, SourceRefused, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import changed
-from bridge.planned import Plan
-from bridge.planner import plan
-from bridge.runner import Progress, Result, run, run_steps
 
 if TYPE_CHECKING:
     import torch

@@ -135,7 +135,7 @@ def convert(
 
 
 def _result_lines(result: Result) -> list[str]:
-    from bridge.text import size
+    from bridge.conversion.render import size
 
     rate = size(result.bytes_per_second)
     lines = [

@@ -175,7 +175,7 @@ def test_demo_proves_the_merge(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_nothing(tmp_path: Path, number: int, status: int) -> None:
     # a process that stops in the middle of a step, so that the signal surely comes while it runs
     code = (
-        "import sys, time, bridge.runner as runner\n"
+        "import sys, time, bridge.conversion.run as runner\n"
         "inner = runner.run_step\n"
         "def slow(*arguments):\n"
         "    print('running', flush=True); time.sleep(1.0); return inner(*arguments)\n"

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import bridge
+from bridge.conversion.job import Plan
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats.contract import Slab
-from bridge.planned import Plan
 from bridge.stream.inputs import Inputs
 from tests import checkpoints
 from tests.test_runner import digest

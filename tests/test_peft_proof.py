@@ -663,7 +663,7 @@ def test_a_fault_of_the_writer_publishes_nothing(
 
 def test_a_faulty_config_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alpha left at PEFT's own default."""
-    from bridge import outputs
+    from bridge.conversion import outputs
 
     compose = outputs.compose_config
 

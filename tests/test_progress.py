@@ -11,9 +11,9 @@ from click.testing import CliRunner
 import bridge
 from bridge.cli.convert import convert
 from bridge.cli.show import progress
+from bridge.conversion.job import Plan
+from bridge.conversion.run import Result
 from bridge.formats.contract import Spent
-from bridge.planned import Plan
-from bridge.runner import Result
 from tests import checkpoints
 
 ALPHA = 4.0

@@ -521,7 +521,7 @@ def test_an_interrupt_after_the_rename_says_that_it_is_written(
 
 
 def test_what_cannot_be_read_back_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bridge import runner
+    from bridge.conversion import run as runner
 
     step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
     plan, real = bridge.plan(step, tmp_path / "out", to="torch-merged"), runner.record_text

@@ -18,15 +18,15 @@ import pytest
 
 import bridge
 from bridge.arrays import FLOAT32, Spec, box, cells, run_shape
+from bridge.conversion.job import Plan
+from bridge.conversion.run import run_steps
 from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats.contract import Slab, Spent
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax import stream
 from bridge.lora.algebra import delta, factor_axes
-from bridge.planned import Plan
 from bridge.rules.equation import Equation
 from bridge.rules.rule import Factors, Rule
-from bridge.runner import run_steps
 from bridge.stream.inputs import Inputs
 from bridge.stream.readers import LeafFactors, LeafWeights
 from bridge.stream.step import Step, run_step

@@ -9,9 +9,9 @@ from bridge.arrays import FLOAT32
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.compare.gaps import Gap, Values, gap
 from bridge.compare.sides import Both, Side, walk
+from bridge.conversion.outputs import Output
 from bridge.errors import Problem
 from bridge.lora.algebra import compress, split
-from bridge.outputs import Output
 from bridge.peft.config import PREFIX, A
 from bridge.stream.inputs import Inputs
 from bridge.stream.readers import Done, LeafFactors

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from bridge.planned import Plan
+    from bridge.conversion.job import Plan
     from bridge.stream.step import Step
 
 #: relative error allowed of a module's product, in the adapter's dtype

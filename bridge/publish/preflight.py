@@ -9,10 +9,10 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from bridge.conversion.render import size
 from bridge.errors import Problem
 from bridge.publish.atomic import RECORD, lock_file, replaceable
 from bridge.publish.lock import check_lock
-from bridge.text import size
 
 
 def check_apart(destination: Path, source: Path | None) -> list[Problem]:

@@ -23,8 +23,8 @@ from bridge.publish.atomic import RECORD
 from bridge.strict_json import parse_object, shown
 
 if TYPE_CHECKING:
-    from bridge.outputs import Output
-    from bridge.planned import Plan
+    from bridge.conversion.job import Plan
+    from bridge.conversion.outputs import Output
     from bridge.stream.readers import Done
 
 #: bytes; 100,000 tensors take 15 MB

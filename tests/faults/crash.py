@@ -115,9 +115,9 @@ def _serve() -> None:
     import tensorstore  # noqa: F401  imported before the fork, used after it
     import zstandard  # noqa: F401
 
+    import bridge.conversion.run
     import bridge.formats.disk.syscalls
     import bridge.proof.peft_skeleton
-    import bridge.runner
     from bridge.plugins import adapters, formats
 
     # PEFT's loading takes seconds and writes nothing

@@ -98,7 +98,7 @@ def fills_up(scene: Scene) -> None:
         pytest.skip("only root may mount")
     large(scene)
     scene.new()
-    scene.patch.setattr("bridge.planner.check_space", lambda destination, needed: [])
+    scene.patch.setattr("bridge.conversion.plan.check_space", lambda destination, needed: [])
     where = scene.dst.parent
 
     @contextlib.contextmanager
@@ -141,7 +141,7 @@ def while_running(act: Callable[[Scene], object], *, before: bool = False) -> Pr
     """Something happens after the first output's steps, or before them."""
 
     def provoke(scene: Scene) -> None:
-        from bridge import runner
+        from bridge.conversion import run as runner
 
         inner = runner.run_steps
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge import converters
-from bridge.card import model_card
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.scales import Scale
+from bridge.conversion.model_card import model_card
+from bridge.conversion.outputs import Output, adapter_output, tensor_output
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.graph import State
-from bridge.outputs import Output, adapter_output, tensor_output
 from bridge.peft.config import module_of
 from bridge.rules.model import Layout
 from bridge.rules.names import grouped
@@ -22,7 +22,7 @@ from bridge.stream.inputs import Inputs
 from bridge.stream.writers import AdapterWriter
 
 if TYPE_CHECKING:
-    from bridge.options import Options
+    from bridge.conversion.options import Options
 
 BASE = "base"
 

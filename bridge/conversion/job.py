@@ -1,6 +1,6 @@
 """A plan: every read, every write, every shape and byte of a conversion, before the first is read.
 
-Made by :func:`bridge.plan`. Printing it is the dry run; running it streams (:mod:`bridge.runner`).
+Made by :func:`bridge.plan`. Printing it is the dry run; running it streams (:mod:`bridge.conversion.run`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from bridge.arrays import Spec
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.scales import Scale
+from bridge.conversion.options import Options
+from bridge.conversion.outputs import Output
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
-from bridge.options import Options
-from bridge.outputs import Output
 from bridge.rules.model import Layout
 from bridge.stream.inputs import Inputs
 from bridge.stream.step import Step
@@ -24,7 +24,7 @@ from bridge.stream.step import Step
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from bridge.runner import Progress, Result
+    from bridge.conversion.run import Progress, Result
 
 #: what steps running at once may take together
 MEMORY = 512 << 20
@@ -111,18 +111,18 @@ class Plan:
 
     def headline(self) -> list[str]:
         """Source, route, loss, scales and notes: what a user must know before it runs."""
-        from bridge.text import head
+        from bridge.conversion.render import head
 
         return list(head(self))
 
     def text(self, width: int = 200) -> str:
         """The whole plan, for a terminal of this width."""
-        from bridge.text import plan_text
+        from bridge.conversion.render import plan_text
 
         return plan_text(self, width)
 
     def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
-        """Carry it out: see :func:`bridge.runner.run`."""
-        from bridge.runner import run
+        """Carry it out: see :func:`bridge.conversion.run.run`."""
+        from bridge.conversion.run import run
 
         return run(self, progress, executor)

@@ -11,13 +11,13 @@ from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.checkpoint.assets import Assets, read_assets
 from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
 from bridge.checkpoint.scales import Scale, scales
+from bridge.conversion.job import Plan
+from bridge.conversion.options import Options, option_problems
+from bridge.conversion.outputs import Output, leaf_output, tensor_output
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
 from bridge.graph import Loss, Route, State, route
-from bridge.options import Options, option_problems
-from bridge.outputs import Output, leaf_output, tensor_output
-from bridge.planned import Plan
 from bridge.publish.preflight import check_apart, check_destination, check_kept, check_space, check_twins
 from bridge.rules.model import Facts, Layout
 from bridge.stream.inputs import Inputs, shape_problems, size_problems
@@ -183,7 +183,7 @@ def _scales(
     else:
         given = {"": float(lora_alpha)}
     if target is converters.ORBAX_LORA:
-        from bridge.join_plan import joined_scales
+        from bridge.conversion.from_peft import joined_scales
 
         return joined_scales(inputs, options, given, rslora)
     carries = inputs.source.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE
@@ -210,7 +210,7 @@ def _outputs(
     notes: list[str] = []
     approximated = False
     if target is converters.PEFT:
-        from bridge.adapter_plan import adapter_outputs
+        from bridge.conversion.to_peft import adapter_outputs
 
         approximated = options.compress_to is not None
         outputs, notes = adapter_outputs(
@@ -229,7 +229,7 @@ def _outputs(
         )
         outputs = (leaves,)
         if ranks:
-            from bridge.join_plan import fit_notes
+            from bridge.conversion.from_peft import fit_notes
 
             notes = fit_notes(inputs, leaves)
             approximated = bool(notes)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from threadpoolctl import threadpool_limits
 
 from bridge import converters
+from bridge.conversion.job import Plan
+from bridge.conversion.outputs import Output
 from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
 from bridge.formats.contract import Format, Sink, Spent
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import changed
-from bridge.outputs import Output
-from bridge.planned import Plan
 from bridge.plugins import formats
 from bridge.publish.atomic import RECORD, publishing
 from bridge.publish.record import combined, record_text

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.scales import Scale
-from bridge.outputs import Output
+from bridge.conversion.outputs import Output
 from bridge.peft.config import A
 
 if TYPE_CHECKING:
-    from bridge.options import Options
+    from bridge.conversion.options import Options
 
 _LOADING = {
     "openpi": """\

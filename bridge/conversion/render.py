@@ -12,8 +12,8 @@ from bridge.rules.names import grouped
 from bridge.stream.readers import LeafFactors, LeafWeights
 
 if TYPE_CHECKING:
-    from bridge.outputs import Output
-    from bridge.planned import Plan
+    from bridge.conversion.job import Plan
+    from bridge.conversion.outputs import Output
     from bridge.stream.step import Step
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.match import Place, place_weights
 from bridge.checkpoint.scales import Scale, alpha_problems
+from bridge.conversion.outputs import Output
 from bridge.errors import CheckpointRefused, Problem, refuse_if
-from bridge.outputs import Output
 from bridge.publish.atomic import RECORD
 from bridge.publish.record import read_record
 from bridge.rules.model import Part
@@ -19,7 +19,7 @@ from bridge.stream.readers import Done, ModuleFactors
 from bridge.stream.writers import FactorWriter
 
 if TYPE_CHECKING:
-    from bridge.options import Options
+    from bridge.conversion.options import Options
 
 
 def joined_scales(
