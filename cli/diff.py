@@ -56,7 +56,7 @@ def diff(
             progress=show,
         )
     if report is not None:
-        from bridge.report import diff_report
+        from bridge.report.pages import diff_report
 
         report.write_text(diff_report(comparison), encoding="utf-8")
     if as_json:

@@ -75,7 +75,7 @@ def verify(
             progress=show,
         )
     if report is not None:
-        from bridge.report import verify_report
+        from bridge.report.pages import verify_report
 
         report.write_text(verify_report(verdict), encoding="utf-8")
     if as_json:

@@ -17,7 +17,7 @@ import pytest
 from bridge.compare.diff import Comparison, Difference
 from bridge.errors import Problem
 from bridge.proof.verify import Check, Verdict
-from bridge.report import diff_report, verify_report
+from bridge.report.pages import diff_report, verify_report
 
 VOID = {"meta", "wbr"}
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
