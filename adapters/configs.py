@@ -98,14 +98,14 @@ def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 def companions(facts: Facts) -> Companions:
     """Everything beside the tensors that the layout's loader reads."""
-    if facts.holds == "lora" and facts.layout.name != "lerobot":
+    if facts.contents == "lora" and facts.layout.name != "lerobot":
         return Companions({})  # PEFT reads its own config alone
     horizon = facts.settings.get("action_horizon")
     notes: tuple[str, ...] = ()
     if horizon is None:
         horizon = DEFAULT_HORIZON
         notes = (
-            f"the action horizon is in no weight: {horizon} is assumed, --action-horizon says otherwise",
+            f"the checkpoint does not record the action horizon; assuming {horizon} (override with --action-horizon)",
         )
     if facts.layout.name == "lerobot":
         made = lerobot.companions(facts, horizon)

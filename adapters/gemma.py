@@ -7,13 +7,15 @@ The last entry of a projection is the einsum that openpi runs it by, with k|v an
 
 from __future__ import annotations
 
-from bridge import Factors, Rule
+from bridge import Factoring, Rule
 
 #: `lora.Einsum` keeps its factors beside ``w`` and multiplies their product by alpha / rank
-EINSUM = Factors(leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
+EINSUM = Factoring(name="attention", leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
 
 #: `lora.FeedForward` keeps them beside the leaf and never scales them, whatever alpha is
-FEED_FORWARD = Factors(leaf="", a="_lora_a", b="_lora_b", rank="ffn_rank", scaled=False)
+FEED_FORWARD = Factoring(
+    name="feed-forward", leaf="", a="_lora_a", b="_lora_b", rank="ffn_rank", scaled=False
+)
 
 
 def expert(suffix: str, weights: str, *, fused_qkv: bool, adaptive: bool) -> tuple[Rule, ...]:
@@ -56,10 +58,10 @@ def expert(suffix: str, weights: str, *, fused_qkv: bool, adaptive: bool) -> tup
 
 def _norm(leaf: str, weight: str, stacked: str, adaptive: bool) -> tuple[Rule, ...]:
     if not adaptive:
-        return (Rule(f"{leaf}/scale", f"{weight}.weight", f"{stacked}width -> width", hold="float32"),)
+        return (Rule(f"{leaf}/scale", f"{weight}.weight", f"{stacked}width -> width", dtype="float32"),)
     return (
         Rule(f"{leaf}/Dense_0/kernel", f"{weight}.dense.weight",
-             f"{stacked}width modulation -> modulation width", hold="float32"),
+             f"{stacked}width modulation -> modulation width", dtype="float32"),
         Rule(f"{leaf}/Dense_0/bias", f"{weight}.dense.bias",
-             f"{stacked}modulation -> modulation", hold="float32"),
+             f"{stacked}modulation -> modulation", dtype="float32"),
     )  # fmt: skip

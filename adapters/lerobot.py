@@ -105,7 +105,7 @@ def companions(facts: Facts, horizon: int) -> Companions:
         )
 
     odd = [f"{axis} {facts.sizes.get(axis)}" for axis, size in STOCK.items() if facts.sizes.get(axis) != size]
-    adapter = {"use_peft": True} if facts.holds == "lora" else {}
+    adapter = {"use_peft": True} if facts.contents == "lora" else {}
     if not odd:
         files["config.json"] = _json(_config(facts, horizon, stats) | adapter)
     elif adapter:

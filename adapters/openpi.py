@@ -6,10 +6,26 @@ actions and time. Leaves: openpi, models/pi0.py; PyTorch names: models_pytorch/p
 
 from __future__ import annotations
 
-from bridge import Adapter, Layout, Model, Multiple, Part, Rule, Unused
+from collections.abc import Mapping
 
-from .configs import companions, known_sizes
+from bridge import (
+    AssetDirectory,
+    Family,
+    Form,
+    Layout,
+    Model,
+    Multiple,
+    Number,
+    Option,
+    Part,
+    Rule,
+    State,
+    Unused,
+)
+
+from .configs import DEFAULT_HORIZON, companions, known_sizes
 from .gemma import expert
+from .pi0_actions import IN_TRANSFORMERS
 from .siglip import tower
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
@@ -23,12 +39,21 @@ def _dense(name: str, inner: str, outer: str) -> tuple[Rule, ...]:
     )
 
 
-_OPENPI = Layout("openpi")
+_OPENPI = Layout(
+    name="openpi",
+    loading="""\
+from safetensors.torch import load_model
+from peft import PeftModel
+
+policy = PI0Pytorch(config)  # openpi, models_pytorch/pi0_pytorch.py
+load_model(policy, "BASE/model.safetensors")
+policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
+)
 
 #: transformers, models/pi0/modeling_pi0.py: the names of PI0ForConditionalGeneration's own modules
 _TRANSFORMERS = Layout(
-    "transformers",
-    (
+    name="transformers",
+    prefixes=(
         (f"{_PALIGEMMA}.model.vision_tower.vision_model.", "model.vlm.vision_tower."),
         (f"{_PALIGEMMA}.model.multi_modal_projector.", "model.vlm.multi_modal_projector."),
         (f"{_PALIGEMMA}.model.language_model.", "model.vlm.language_model."),
@@ -40,10 +65,27 @@ _TRANSFORMERS = Layout(
         ("action_time_mlp_in.", "embed_action_time.action_time_mlp_in."),
         ("action_time_mlp_out.", "embed_action_time.action_time_mlp_out."),
     ),
+    loading="""\
+from transformers import PI0ForConditionalGeneration
+from peft import PeftModel
+
+policy = PI0ForConditionalGeneration.from_pretrained("BASE")
+policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
 )
 
 #: lerobot, policies/pi0/modeling_pi0.py: openpi's names under the policy's `model`, nothing tied
-_LEROBOT = Layout("lerobot", (("", "model."),), ties=False)
+_LEROBOT = Layout(
+    name="lerobot",
+    prefixes=(("", "model."),),
+    ties=False,
+    needs_base_name=True,
+    loading="""\
+from lerobot.policies.pi0.modeling_pi0 import PI0Policy  # pi05: PI05Policy
+from peft import PeftModel
+
+policy = PI0Policy.from_pretrained("BASE")
+policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
+)
 
 
 def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
@@ -118,13 +160,51 @@ def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
     )  # fmt: skip
 
 
-ADAPTER = Adapter(
+def _norm_stats_notes(directory: str, files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Without its normalization statistics a policy moves the robot wrongly, and nothing says so."""
+    if any(path.endswith("/norm_stats.json") for path in files):
+        return ()
+    return (
+        f"no norm_stats.json under {directory}: the policy needs its own to run, copy them beside the output",
+    )
+
+
+def _has_config(source: State, target: State) -> bool:
+    """Whether a conversion writes a ``config.json``: JAX checkpoints have none."""
+    return target.form is not Form.PYTREE
+
+
+FAMILY = Family(
     name="openpi",
+    noun="policy",
+    part_noun="expert",
     models=tuple(
         _model(name, adaptive=adaptive, fused_qkv=fused_qkv)
         for name, adaptive in (("pi0", False), ("pi05", True))
         for fused_qkv in (False, True)
     ),
+    # openpi serves in bfloat16; LoRA folded into 16 bits would lose most of what was trained (openpi, issue 960)
+    export_dtype="bfloat16",
+    fold_dtype="float32",
+    # scripts/train.py casts what a LoRA run freezes, and nothing else
+    frozen_dtype="bfloat16",
+    trained_beside="vision tower, projector and projections",
+    unscaled="feed-forward",
     companions=companions,
     known_sizes=known_sizes,
+    size_hint="put the config.json of the model beside them (num_attention_heads, head_dim)",
+    # assets/<asset_id>/norm_stats.json (openpi, training/checkpoints.py, load_norm_stats)
+    assets=AssetDirectory(
+        directory="assets",
+        notes=_norm_stats_notes,
+        matters="the policy would use wrong normalization",
+    ),
+    options={
+        "action_horizon": Option(
+            kind=Number(),
+            help=f"Length of an action chunk, for config.json; {DEFAULT_HORIZON} by default.",
+            fits=_has_config,
+        )
+    },
+    full_models=(IN_TRANSFORMERS,),
 )

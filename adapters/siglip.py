@@ -13,11 +13,11 @@ def tower(weights: str) -> tuple[Rule, ...]:
     layer = f"{weights}.encoder.layers.{{layer}}"
     return (
         Rule(f"{_LEAVES}/embedding/kernel", f"{weights}.embeddings.patch_embedding.weight",
-             "rows columns channel width -> width channel rows columns", hold="float32"),
+             "rows columns channel width -> width channel rows columns", dtype="float32"),
         Rule(f"{_LEAVES}/embedding/bias", f"{weights}.embeddings.patch_embedding.bias",
-             "width -> width", hold="float32"),
+             "width -> width", dtype="float32"),
         Rule(f"{_LEAVES}/pos_embedding", f"{weights}.embeddings.position_embedding.weight",
-             "1 token width -> token width", hold="float32"),
+             "1 token width -> token width", dtype="float32"),
         *_layer_norm(f"{_BLOCK}/LayerNorm_0", f"{layer}.layer_norm1", "layer "),
         *(rule for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
           for rule in _head(f"{_BLOCK}/MultiHeadDotProductAttention_0/{ours}", f"{layer}.self_attn.{theirs}")),

@@ -1,7 +1,7 @@
-"""bridge: openpi's pi0 policies between Orbax/JAX, PyTorch and PEFT, with nothing dropped unnoticed.
+"""bridge: models fine-tuned in JAX between Orbax, PyTorch and PEFT, LoRA included, with nothing dropped unnoticed.
 
 >>> import bridge
->>> bridge.convert("checkpoints/pi0_lora/29999", "pi0_torch", to="torch-merged")  # doctest: +SKIP
+>>> bridge.convert("checkpoints/my_run/29999", "my_model", to="torch-merged")  # doctest: +SKIP
 
 Names are imported on first use, so that ``import bridge`` and ``bridge --help`` cost nothing.
 """
@@ -12,51 +12,96 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bridge.api import Opened, convert, load_jax, load_torch, open
+    from bridge.api import Opened, convert, load_jax, load_nnx, load_torch, open
     from bridge.checkpoint.describe import Description, describe
-    from bridge.conversion.job import Plan
-    from bridge.conversion.plan import plan
+    from bridge.checkpoint.options import SourceOptions
+    from bridge.compare.diff import Comparison, diff
+    from bridge.conversion.options import Options
+    from bridge.conversion.plan import Plan, plan
     from bridge.conversion.run import Result, run
     from bridge.errors import Problem, Refusal
-    from bridge.rules.model import Adapter, Companions, Facts, Layout, Model, Multiple, Part, Unused
-    from bridge.rules.rule import Factors, Rule
+    from bridge.formats.contract import Format, Sink, Source
+    from bridge.graph import Form, State
+    from bridge.proof.options import VerifyOptions
+    from bridge.proof.verify import Verdict, verify
+    from bridge.rules.equation import Equation
+    from bridge.rules.factoring import Factoring, by_role, last_two_axes
+    from bridge.rules.family import AssetDirectory, Companions, Facts, Family, FullModel, Tree
+    from bridge.rules.model import Layout, Model, Multiple, Part, Unused
+    from bridge.rules.option import Choice, Flag, Number, Option, Text
+    from bridge.rules.rule import Rule
 
+# No module or folder directly in bridge/ may have one of these names: importing it would replace the name.
 _HOMES = {
-    "api": ("Opened", "convert", "load_jax", "load_torch", "open"),
+    "api": ("Opened", "convert", "load_jax", "load_nnx", "load_torch", "open"),
     "checkpoint.describe": ("Description", "describe"),
-    "errors": ("Problem", "Refusal"),
-    "rules.model": ("Adapter", "Companions", "Facts", "Layout", "Model", "Multiple", "Part", "Unused"),
-    "conversion.job": ("Plan",),
-    "conversion.plan": ("plan",),
-    "rules.rule": ("Factors", "Rule"),
+    "checkpoint.options": ("SourceOptions",),
+    "compare.diff": ("Comparison", "diff"),
+    "conversion.options": ("Options",),
+    "conversion.plan": ("Plan", "plan"),
     "conversion.run": ("Result", "run"),
+    "errors": ("Problem", "Refusal"),
+    "formats.contract": ("Format", "Sink", "Source"),
+    "graph": ("Form", "State"),
+    "proof.options": ("VerifyOptions",),
+    "proof.verify": ("Verdict", "verify"),
+    "rules.equation": ("Equation",),
+    "rules.factoring": ("Factoring", "by_role", "last_two_axes"),
+    "rules.family": ("AssetDirectory", "Companions", "Facts", "Family", "FullModel", "Tree"),
+    "rules.model": ("Layout", "Model", "Multiple", "Part", "Unused"),
+    "rules.option": ("Choice", "Flag", "Number", "Option", "Text"),
+    "rules.rule": ("Rule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Adapter",
+    "AssetDirectory",
+    "Choice",
     "Companions",
+    "Comparison",
     "Description",
-    "Factors",
+    "Equation",
+    "Factoring",
     "Facts",
+    "Family",
+    "Flag",
+    "Form",
+    "Format",
+    "FullModel",
     "Layout",
     "Model",
     "Multiple",
+    "Number",
     "Opened",
+    "Option",
+    "Options",
     "Part",
     "Plan",
     "Problem",
     "Refusal",
     "Result",
     "Rule",
+    "Sink",
+    "Source",
+    "SourceOptions",
+    "State",
+    "Text",
+    "Tree",
     "Unused",
+    "Verdict",
+    "VerifyOptions",
+    "by_role",
     "convert",
     "describe",
+    "diff",
+    "last_two_axes",
     "load_jax",
+    "load_nnx",
     "load_torch",
     "open",
     "plan",
     "run",
+    "verify",
 ]
 
 

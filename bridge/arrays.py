@@ -85,3 +85,10 @@ def cells(shape: tuple[int, ...], cell: tuple[int, ...]) -> Iterator[tuple[tuple
 def box(at: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of an array that begins at a position and has a shape."""
     return tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))
+
+
+def axes_by_stride(array: np.ndarray) -> list[int]:
+    """The axes of an array, the one whose entries lie closest together first."""
+    return sorted(
+        range(array.ndim), key=lambda axis: (array.shape[axis] == 1, abs(array.strides[axis]), -axis)
+    )

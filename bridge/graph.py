@@ -1,46 +1,74 @@
-"""The format graph: states a policy can be in, converters between them, and the best route.
+"""The format graph: states a model can be in, converters between them, and the best route.
 
-A state is a format *and what it holds*: a checkpoint with LoRA is another node than one
+A state is a format *and what it contains*: a checkpoint with LoRA is another node than one
 without, so no plain export leaves it and factors cannot be dropped unnoticed.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
+from typing import Any, TypeVar
 
 from bridge.errors import Problem, RouteRefused
 
 
 class Loss(IntEnum):
-    """What a conversion costs, from nothing to something that cannot be had back."""
+    """What a conversion costs, from nothing to something that cannot be recovered."""
 
     EXACT = 0
     """Every value returns bit for bit."""
-    GAUGE = 1
+    EQUIVALENT = 1
     """The same function; numbers that cancel out may differ."""
-    ROUND = 2
+    ROUNDED = 2
     """Values are rounded."""
-    DROP = 3
+    LOSSY = 3
     """Something is gone: factors summed into weights, or left out."""
 
+    @classmethod
+    def named(cls, name: str) -> Loss:
+        """From its name in a record; those of version 0.1.0 are still read.
 
-@dataclass(frozen=True)
+        >>> Loss.named("gauge")
+        <Loss.EQUIVALENT: 1>
+        """
+        return cls[_OLD_LOSSES.get(name, name).upper()]
+
+
+_OLD_LOSSES = {"gauge": "equivalent", "round": "rounded", "drop": "lossy"}
+
+
+class Form(StrEnum):
+    """What the arrays of a container are."""
+
+    PYTREE = "pytree"
+    """Leaves of a JAX pytree."""
+    STATE_DICT = "state_dict"
+    """Weights of a PyTorch model."""
+    ADAPTER = "adapter"
+    """LoRA factors of a PEFT adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class State:
-    """A node: a format, by the name users give it, and what it holds."""
+    """A node: a format, by the name users give it, and what it contains."""
 
     name: str
-    holds: str
+    contents: str
+    """``"base"``, ``"base+lora"`` or ``"lora"``."""
     format: str
     """The container, as registered under ``bridge.formats``."""
+    form: Form
+    stripped: bool = False
+    """Whether LoRA was left out of it: the base of an adapter."""
 
     def __str__(self) -> str:
-        return f"{self.name}[{self.holds}]"
+        return f"{self.name}[{self.contents}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Converter:
     """An edge, from state to state."""
 
@@ -49,6 +77,8 @@ class Converter:
     target: State
     loss: Loss
     summary: str
+    build: Callable[..., Any]
+    """Plans what is written to the target."""
     fold: bool = False
     """Whether LoRA factors are summed into the weights on the way."""
     last: bool = False
@@ -59,14 +89,16 @@ class Converter:
 
 Route = tuple[Converter, ...]
 
+Edge = TypeVar("Edge", bound=Converter)
+
 
 def route(
-    converters: Iterable[Converter],
+    converters: Iterable[Edge],
     source: State,
     target: str,
     given: Collection[str] = (),
-    holds: str | None = None,
-) -> Route:
+    contents: str | None = None,
+) -> tuple[Edge, ...]:
     """The route with the least worst loss, then the fewest hops (Dijkstra).
 
     Args:
@@ -74,16 +106,16 @@ def route(
         source: the state the source is in.
         target: the name of the format asked for.
         given: inputs beside the source that the user gave (``"base"``).
-        holds: what the target must hold, where its format can hold several things.
+        contents: what the target must contain, where its format has several states.
 
     Raises:
         RouteRefused: there is none; the fix says what would open one.
     """
     edges = tuple(converters)
-    found = _dijkstra([edge for edge in edges if edge.needs <= set(given)], source, target, holds)
-    if found is not None:
-        return found
-    wanting = _dijkstra(edges, source, target, holds)
+    best = _dijkstra([edge for edge in edges if edge.needs <= set(given)], source, target, contents)
+    if best is not None:
+        return best
+    wanting = _dijkstra(edges, source, target, contents)
     if wanting is not None:
         needs = sorted(frozenset().union(*(edge.needs for edge in wanting)) - set(given))
         raise RouteRefused(
@@ -105,14 +137,16 @@ def route(
     )
 
 
-def _dijkstra(edges: Collection[Converter], source: State, target: str, holds: str | None) -> Route | None:
+def _dijkstra(
+    edges: Collection[Edge], source: State, target: str, contents: str | None
+) -> tuple[Edge, ...] | None:
     # the number breaks ties by the order of declaration, and keeps routes out of comparisons
-    queue: list[tuple[Loss, int, int, State, Route]] = [(Loss.EXACT, 0, 0, source, ())]
+    queue: list[tuple[Loss, int, int, State, tuple[Edge, ...]]] = [(Loss.EXACT, 0, 0, source, ())]
     done: set[State] = set()
     number = 0
     while queue:
         loss, hops, _, state, path = heapq.heappop(queue)
-        if path and state.name == target and holds in (None, state.holds):
+        if path and state.name == target and contents in (None, state.contents):
             return path
         if state in done or (path and path[-1].last):
             continue

@@ -1,22 +1,25 @@
-"""Finding adapters and formats: whatever is installed under an entry-point group."""
+"""Finding plug-ins: whatever is installed under an entry-point group."""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from bridge.errors import PluginRefused, Problem
 
-if TYPE_CHECKING:
-    from bridge.formats.contract import Format
-    from bridge.rules.model import Adapter
+DISTRIBUTION = "openpi-bridge"
 
 
 @cache
-def _load(group: str) -> tuple[Any, ...]:
+def load(group: str) -> tuple[Any, ...]:
+    """Every plug-in of a group, those that ship with bridge first, then by name.
+
+    Raises:
+        PluginRefused: one cannot be loaded, or two have one name.
+    """
     loaded: dict[str, Any] = {}
-    for point in sorted(entry_points(group=group), key=lambda point: point.name):
+    for point in sorted(entry_points(group=group), key=lambda point: (not _ships(point), point.name)):
         try:
             plugin = point.load()
         except (ImportError, AttributeError) as error:
@@ -37,11 +40,5 @@ def _load(group: str) -> tuple[Any, ...]:
     return tuple(loaded.values())
 
 
-def adapters() -> tuple[Adapter, ...]:
-    """Every installed adapter. Raises PluginRefused when one cannot be loaded."""
-    return _load("bridge.adapters")
-
-
-def formats() -> tuple[Format, ...]:
-    """Every installed format. Raises PluginRefused when one cannot be loaded."""
-    return _load("bridge.formats")
+def _ships(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == DISTRIBUTION

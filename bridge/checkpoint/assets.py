@@ -1,8 +1,4 @@
-"""The files that belong to a policy and are not weights: ``assets/<asset_id>/norm_stats.json``.
-
-Without its normalisation statistics a policy moves the robot wrongly and nothing says so;
-they always travel (openpi, training/checkpoints.py, ``load_norm_stats``).
-"""
+"""The files that travel beside the weights: whatever the family says belongs to a trained model."""
 
 from __future__ import annotations
 
@@ -14,15 +10,14 @@ from pathlib import Path
 from bridge.errors import Problem, SourceRefused, printable
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import Stamp, take
+from bridge.rules.family import Family
 
-DIRECTORY = "assets"
-NORM_STATS = "norm_stats.json"
 MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Files by their path beside the weights, and what to say of them."""
+    """Files by their path beside the weights, and notes about them."""
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
@@ -30,9 +25,16 @@ class Assets:
     """The files as they were before they were read."""
 
 
-def read_assets(root: Location) -> Assets:
-    """Read the assets beside a checkpoint's weights."""
-    directory = root / DIRECTORY
+def read_assets(root: Location, family: Family) -> Assets:
+    """Read the files that a family's models have beside their weights.
+
+    Raises:
+        SourceRefused: one cannot be read, leads out of the checkpoint by its name, or they are too large.
+    """
+    if family.assets is None:
+        return Assets({})
+    name = family.assets.directory
+    directory = root / name
     files: dict[str, bytes] = {}
     notes: list[str] = []
     left = MAX_BYTES
@@ -42,31 +44,29 @@ def read_assets(root: Location) -> Assets:
         # in a bucket, a name may be anything; here it becomes a path
         if path.startswith("/") or {"", ".", ".."} & set(path.split("/")) or "\0" in path:
             raise SourceRefused(
-                Problem(f"{directory} holds a file named {path!r}", "do not trust this checkpoint")
+                Problem(f"{directory} contains a file named {path!r}", "do not trust this checkpoint")
             )
         file = directory / path
         data = file.read_bytes(MAX_BYTES)
         if data is None:
-            raise SourceRefused(Problem(f"{file} was there, and is not", "run again"))
+            raise SourceRefused(Problem(f"{file} was removed while bridge was reading", "run again"))
         left -= len(data)
         if left < 0:
             raise SourceRefused(
                 Problem(
-                    f"{directory} holds more than {MAX_BYTES >> 20} MB",
-                    "norm stats are small: move what does not belong to the policy elsewhere",
+                    f"{directory} contains more than {MAX_BYTES >> 20} MB",
+                    f"move what does not belong to the {family.noun} elsewhere",
                 )
             )
-        files[f"{DIRECTORY}/{path}"] = data
+        files[f"{name}/{path}"] = data
         notes += _link_notes(root, file)
-    if not any(path.endswith(f"/{NORM_STATS}") for path in files):
-        notes.append(
-            f"no {NORM_STATS} under {directory}: the policy needs its own to run, copy them beside the output"
-        )
+    if family.assets.notes is not None:
+        notes += family.assets.notes(str(directory), files)
     return Assets(files, tuple(notes), stamps)
 
 
 def _link_notes(root: Location, file: Location) -> list[str]:
-    """What to say of a file that is a link out of the checkpoint: its content will be published.
+    """A note about a file that is a link out of the checkpoint: its content will be published.
 
     The Hugging Face cache is made of such links, into the ``blobs`` beside its snapshots.
     """

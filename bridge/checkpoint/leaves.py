@@ -1,47 +1,88 @@
-"""The two ways openpi lays out a ``params`` pytree, and the leaf paths common to both.
-
-Training saves ``params/<leaf>/value`` (``value`` comes from flax ``nnx.State``), releases are
-``params/<leaf>`` (openpi, models/model.py, ``restore_params``). Rules speak of ``<leaf>``.
-"""
+"""A JAX pytree, understood."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from bridge.checkpoint.checkpoint import TreeCheckpoint
+from bridge.checkpoint.match import fit_leaves
+from bridge.checkpoint.problems import (
+    absent_leaves,
+    count_problems,
+    dtype_problems,
+    factor_problems,
+    fit_problems,
+    misshapen,
+    unknown,
+)
+from bridge.checkpoint.sizes import Dimension, Numbers, dimensions, fixed_dimensions, located, solve
+from bridge.formats.contract import Source
+from bridge.rules.factoring import RANK
+from bridge.rules.model import Model, Part
+from bridge.rules.names import NameIndex, Template
+from bridge.rules.rule import Rule
 
-from bridge.errors import Problem
 
-ROOT = "params/"
-SUFFIX = "/value"
+def understand_tree(source: Source) -> TreeCheckpoint:
+    """Work out which model a pytree is.
 
+    Raises:
+        CheckpointRefused: no family's model fits even half of its leaves.
+    """
+    fit = fit_leaves(source.specs)
+    if fit is None:
+        raise unknown(source, source.specs)
+    stored, model, runtime = fit.leaves.stored, fit.model, fit.family.runtime
+    problems = [*fit.leaves.problems, *fit_problems(source, fit, "leaf"), *dtype_problems(source, runtime)]
 
-@dataclass(frozen=True)
-class Tree:
-    """Leaf path -> stored name, and which of the two layouts it is."""
-
-    stored: Mapping[str, str]
-    value_suffix: bool
-
-
-def read_tree(names: Iterable[str]) -> tuple[Tree, list[Problem]]:
-    """Take the common leaf paths out of the stored names of a pytree."""
-    stored: dict[str, str] = {}
-    problems = []
-    for name in names:
-        other = stored.setdefault(name.removeprefix(ROOT), name)
-        if other != name:
+    index = _index(model)
+    places = [(*place, leaf) for leaf in stored if (place := index.find(leaf)) is not None]
+    # as declared, so that the first of two that disagree is the same whatever the container's order
+    places.sort(key=lambda place: place[0][0])
+    seen: list[Dimension] = []
+    numbers = Numbers(model)
+    for (_, part, axes), at, leaf in places:
+        shape = source.specs[stored[leaf]].shape
+        if len(shape) != len(axes):
             problems.append(
-                Problem(
-                    f"{other} and {name} are one leaf to openpi", "two trees were mixed: remove one of them"
-                )
+                misshapen(source, leaf, shape, axes, f"this is not how {runtime} stores {model.name}")
             )
-    suffixed = [leaf for leaf in stored if leaf.endswith(SUFFIX)]
-    if suffixed and len(suffixed) < len(stored):
-        bare = next(leaf for leaf in stored if not leaf.endswith(SUFFIX))
-        problems.append(
-            Problem(
-                f"{len(suffixed)} leaves end in 'value' and {len(stored) - len(suffixed)} do not (first: {bare})",
-                "two checkpoints were mixed: openpi writes the suffix on all leaves or on none",
-            )
-        )
-    return Tree({leaf.removesuffix(SUFFIX): name for leaf, name in stored.items()}, bool(suffixed)), problems
+            continue
+        seen += dimensions(model, part, zip(((axis,) for axis in axes), shape, strict=True), leaf)
+        numbers.add(part, at)
+    counted, gaps = numbers.dimensions()
+    sizes, disagreements = solve([*fixed_dimensions(model, runtime, seen), *seen, *counted], model)
+    problems += factor_problems(source, fit, sizes)
+    problems += located(source, [*gaps, *disagreements])
+    problems += count_problems(source, model, sizes)
+    if not problems:
+        problems += absent_leaves(source, model, stored, sizes)
+    return TreeCheckpoint(
+        source=source,
+        family=fit.family,
+        model=model,
+        layout=fit.layout,
+        stored=stored,
+        value_suffix=fit.leaves.suffixed,
+        sizes=sizes,
+        problems=tuple(problems),
+    )
+
+
+def _index(model: Model) -> NameIndex[tuple[int, Part, tuple[str, ...]]]:
+    """What the path of a leaf or of a factor stands for: its place in the table, and its axes."""
+    declared: list[tuple[str, Part, tuple[str, ...]]] = []
+    for part in model.parts:
+        for rule in part.rules:
+            declared.append((rule.leaf, part, rule.equation.left))
+            declared += ((path, part, axes) for path, axes in _factors(rule))
+    return NameIndex(
+        {Template(path, "/"): (number, part, axes) for number, (path, part, axes) in enumerate(declared)}, "/"
+    )
+
+
+def _factors(rule: Rule) -> list[tuple[str, tuple[str, ...]]]:
+    """The paths of a leaf's factors, each with its axes."""
+    if rule.lora is None or rule.factor_leaves is None:
+        return []
+    axes = rule.factor_axes
+    named = (tuple(rule.lora.rank if axis == RANK else axis for axis in side) for side in (axes.a, axes.b))
+    return list(zip(rule.factor_leaves, named, strict=True))

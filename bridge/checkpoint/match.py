@@ -1,4 +1,4 @@
-"""Which model a list of names is: the declared one whose rules fit them best.
+"""Which model a list of names is: the declared model whose rules fit them best.
 
 There is nothing to detect by hand: every model's table says which names it must have. The best
 fit is right when nothing is missing and nothing is left over; otherwise it says what is wrong.
@@ -7,131 +7,143 @@ fit is right when nothing is missing and nothing is left over; otherwise it says
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bridge.plugins import adapters
-from bridge.rules.model import Adapter, Layout, Model, Part
-from bridge.rules.names import grouped, skeleton
+from bridge.checkpoint.tree import Leaves, read_tree
+from bridge.rules.family import Family, families
+from bridge.rules.model import Layout, Model, Part
+from bridge.rules.names import NameIndex, Template, grouped, skeleton
 from bridge.rules.rule import Rule
 
 
 @dataclass(frozen=True)
+class Place:
+    """What a name stands for: a leaf or a weight of a rule at an index."""
+
+    part: Part
+    rule: Rule
+    at: Mapping[str, int]
+
+    @property
+    def weight(self) -> str:
+        """The weight's name in the rules."""
+        return self.rule.template.format(self.at)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """A model laid over a list of names."""
 
-    adapter: Adapter
+    family: Family
     model: Model
-    layout: Layout | None
-    """For PyTorch names, the layout they have; None for leaves."""
+    layout: Layout
+    """That of the names, for PyTorch names; the model's first for leaves."""
     missing: tuple[str, ...]
     extra: tuple[str, ...]
+    leaves: Leaves = field(default_factory=lambda: Leaves({}, False, ()))
+    """For leaves: where each is stored."""
 
     @property
     def errors(self) -> int:
         return len(self.missing) + len(self.extra)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a PyTorch name stands for: a weight of a rule at an index."""
-
-    part: Part
-    rule: Rule
-    at: Mapping[str, int]
-
-
-def fit_leaves(leaves: Iterable[str]) -> Fit | None:
-    """The model whose rules fit the leaf paths best, or None when none fits half of them."""
-    names = set(leaves)
+def fit_leaves(names: Iterable[str]) -> Fit | None:
+    """The model whose rules fit the stored names of a pytree best, or None when none fits half of them."""
+    stored = tuple(names)
     fits = []
-    for adapter in adapters():
-        for model in adapter.models:
-            required = {rule.leaf for rule in model.rules}
-            optional = {leaf for rule in model.rules for leaf in rule.factor_leaves or ()} | set(
-                model.ignored
+    for family in families():
+        leaves = read_tree(stored, family)
+        for model in family.models:
+            index = leaf_index(model)
+            factors = NameIndex(
+                {Template(path, "/"): None for rule in model.rules for path in rule.factor_leaves or ()}, "/"
             )
+            required = {rule.leaf for rule in model.rules}
+            extra = []
+            for leaf in leaves.stored:
+                place = index.find(leaf)
+                if place is not None:
+                    required.discard(place[0][1].leaf)
+                elif factors.find(leaf) is None and leaf not in model.ignored:
+                    extra.append(leaf)
             fits.append(
                 Fit(
-                    adapter,
-                    model,
-                    None,
-                    tuple(sorted(required - names)),
-                    tuple(sorted(names - required - optional)),
+                    family=family,
+                    model=model,
+                    layout=model.layouts[0],
+                    missing=tuple(sorted(required)),
+                    extra=tuple(grouped(sorted(extra))),
+                    leaves=leaves,
                 )
             )
-    return _best(fits, len(names))
+    return _best(fits, len(stored))
+
+
+def leaf_index(model: Model) -> NameIndex[tuple[Part, Rule]]:
+    """What the path of a leaf stands for."""
+    return NameIndex({rule.path: (part, rule) for part in model.parts for rule in part.rules}, "/")
 
 
 def fit_weights(weights: Iterable[str]) -> list[Fit]:
     """The models, in their layouts, whose rules fit the PyTorch names best: several where names do not tell."""
     names = tuple(weights)
-    keys = [(name, skeleton(name)[0]) for name in names]
+    kinds = {skeleton(name)[0]: name for name in names}
     fits = []
-    for adapter in adapters():
-        for model in adapter.models:
+    for family in families():
+        for model in family.models:
             for layout in model.layouts:
-                places = _places(model, layout)
-                optional = {skeleton(name)[0] for name in optional_weights(model, layout)}
-                known = {key for _, key in keys}
+                index = weight_index(model, layout)
+                optional = {skeleton(name)[0] for name in model.optional(layout)}
+                known = {index.form_of(name) for name in kinds.values()}
                 # a tied weight may be stored under either of its names
                 known |= {
-                    skeleton(layout.rename(of))[0]
+                    index.form_of(layout.rename(of))
                     for alias, of in model.tied.items()
-                    if skeleton(layout.rename(alias))[0] in known
+                    if skeleton(layout.rename(alias))[0] in kinds
                 }
+                extra = [
+                    name
+                    for name in names
+                    if index.form_of(name) is None and skeleton(name)[0] not in optional
+                ]
                 fits.append(
                     Fit(
-                        adapter,
-                        model,
-                        layout,
-                        tuple(
-                            layout.rename(place[1].weight)
-                            for key, place in places.items()
-                            if key not in known
+                        family=family,
+                        model=model,
+                        layout=layout,
+                        missing=tuple(
+                            template.text
+                            for template in index.templates
+                            for form, _ in template.forms()
+                            if form not in known
                         ),
-                        tuple(
-                            grouped(name for name, key in keys if key not in places and key not in optional)
-                        ),
+                        extra=tuple(grouped(extra)),
                     )
                 )
-    best = _best(fits, len({key for _, key in keys}))
-    return (
-        []
-        if best is None
-        else [fit for fit in fits if fit.errors == best.errors and fit.layout == best.layout]
+    best = _best(fits, len(kinds))
+    if best is None:
+        return []
+    return [fit for fit in fits if fit.errors == best.errors and fit.layout == best.layout]
+
+
+def weight_index(model: Model, layout: Layout) -> NameIndex[tuple[Part, Rule]]:
+    """What a PyTorch name stands for, in a layout's names."""
+    return NameIndex(
+        {Template(layout.rename(rule.weight)): (part, rule) for part in model.parts for rule in part.rules}
     )
 
 
 def place_weights(model: Model, layout: Layout, names: Iterable[str]) -> dict[str, Place]:
     """What each PyTorch name stands for; names that no rule has are left out."""
-    places = _places(model, layout)
-    found = {}
+    index = weight_index(model, layout)
+    placed = {}
     for name in names:
-        key, numbers = skeleton(name)
-        if key in places:
-            part, rule, chosen = places[key]
-            found[name] = Place(
-                part, rule, {**chosen, **dict(zip(rule.template.numbered, numbers, strict=True))}
-            )
-    return found
-
-
-def optional_weights(model: Model, layout: Layout) -> dict[str, str]:
-    """Names that may be there and are read by no rule -> why."""
-    aliases = {
-        layout.rename(alias): f"the same tensor as {layout.rename(of)}" for alias, of in model.tied.items()
-    }
-    return aliases | {layout.rename(unused.weight): unused.reason for unused in model.unused}
-
-
-def _places(model: Model, layout: Layout) -> dict[tuple[str | None, ...], tuple[Part, Rule, dict[str, int]]]:
-    places = {}
-    for part in model.parts:
-        for rule in part.rules:
-            for _, chosen in rule.template.skeletons():
-                at = {**dict.fromkeys(rule.template.numbered, 0), **chosen}
-                places[skeleton(layout.rename(rule.template.format(at)))[0]] = (part, rule, chosen)
-    return places
+        known = index.find(name)
+        if known is not None:
+            (part, rule), at = known
+            placed[name] = Place(part, rule, at)
+    return placed
 
 
 def _best(fits: list[Fit], count: int) -> Fit | None:

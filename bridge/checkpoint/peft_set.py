@@ -1,7 +1,7 @@
 """A PEFT adapter, understood: which weights it changes, by which factors and scale.
 
 Any LoRA adapter over a known model's modules is read, in any layout of their names. Everything
-PEFT would pass over in silence is a problem here.
+PEFT would ignore is a problem here.
 """
 
 from __future__ import annotations
@@ -9,82 +9,79 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
-from bridge.checkpoint.checkpoint import Checkpoint, Module, unknown
+from bridge.checkpoint.checkpoint import AdapterCheckpoint, Module
 from bridge.checkpoint.match import Place, place_weights
+from bridge.checkpoint.problems import unknown
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
 from bridge.peft.patterns import SECONDS
-from bridge.plugins import adapters
-from bridge.rules.model import Adapter, Layout, Model
+from bridge.rules.family import Family, families
+from bridge.rules.model import Layout, Model
 from bridge.rules.names import grouped
 
-RESAVE = "save the adapter again with PEFT's save_pretrained, whole"
+RESAVE = "save the whole adapter again with PEFT's save_pretrained"
 
 
-def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint:
-    """Find the weights an adapter belongs to.
-
-    Args:
-        source: opened as ``peft``.
-        model: the model of its base, where one is given; else the first that has all its modules.
+def understand_adapter(source: Source) -> AdapterCheckpoint:
+    """Work out which weights an adapter belongs to: those of the first model that has all its modules.
 
     Raises:
-        CheckpointRefused: its modules are of no model that bridge knows.
+        CheckpointRefused: its modules are of no supported model.
     """
     names = {name: _weight_of(name) for name in source.specs}
-    best: tuple[int, Adapter, Model, Layout, dict[str, Place]] | None = None
-    for adapter in adapters():
-        for known in adapter.models:
-            if model is not None and known.name != model.name:
-                continue
+    best: tuple[int, Family, Model, Layout, dict[str, Place]] | None = None
+    for family in families():
+        for known in family.models:
             for layout in known.layouts:
                 places = place_weights(known, layout, set(names.values()))
                 if best is None or len(places) > best[0]:
-                    best = (len(places), adapter, known, layout, places)
+                    best = (len(places), family, known, layout, places)
     where = str(source.location)
     config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
     if best is None or best[0] == 0:
         # another method has other names: that it is another is what must be said
         refuse_if(problems, CheckpointRefused)
         raise unknown(source, names)
-    _, adapter, found, layout, places = best
-    problems += _strays(where, names, places, found)
+    _, family, model, layout, places = best
+    problems += _strays(where, names, places, model)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
     ignored: list[str] = []
     for weight, place in places.items():
-        canonical = place.rule.template.format(place.at)
         module = weight.rpartition(".")[0]
         a, b = f"{PREFIX}{module}{A}", f"{PREFIX}{module}{B}"
         if a in source.specs or b in source.specs:
             problems += _pair_problems(source, where, module, a, b)
             if len(place.rule.equation.right) != 2:
                 problems.append(
-                    Problem(f"{where}: {module} carries LoRA, and is no matrix", "merge it in PEFT instead")
+                    Problem(
+                        f"{where}: {module} has LoRA factors but is not a 2-D weight",
+                        "merge it in PEFT instead",
+                    )
                 )
             if config is not None and a in source.specs and b in source.specs:
-                found_module, applies, trouble = _module(source, config, where, module, a, b)
+                factors, applies, trouble = _module(source, config, where, module, a, b)
                 problems += trouble
-                if found_module is not None:
-                    modules[canonical] = found_module
+                if factors is not None:
+                    modules[place.weight] = factors
                 if not applies:
                     ignored.append(module)
         stored = PREFIX + weight
         if stored in source.specs:
-            saved[canonical] = stored
+            saved[place.weight] = stored
             if config is not None and not config.saves(module):
                 problems.append(
                     Problem(
-                        f"{where}: {stored} would overwrite the base, and modules_to_save does not name it",
+                        f"{where}: {stored} would overwrite the base, but modules_to_save does not name it",
                         RESAVE,
                     )
                 )
     problems += [
         Problem(
-            f"{where}: {name} has factors, and the config gives it no LoRA: PEFT would run without them in silence",
-            "name it in target_modules, if it was trained; else take its tensors out",
+            f"{where}: {name} has factors but the config gives it no LoRA: PEFT would silently run without them",
+            "if it was trained, name it in target_modules; if not, save the adapter without its tensors",
         )
         for name in grouped(ignored)
     ]
@@ -96,12 +93,19 @@ def understand_adapter(source: Source, model: Model | None = None) -> Checkpoint
         if spec.dtype.name not in WEIGHT_DTYPES
     ]
     problems += [
-        Problem(f"{where}: {name} has shape {list(spec.shape)}, no element at all", RESAVE)
+        Problem(f"{where}: {name} has shape {list(spec.shape)}, which has no elements", RESAVE)
         for name, spec in source.specs.items()
         if spec.size == 0
     ]
-    return Checkpoint(
-        source, adapter, found, layout, saved, False, {}, tuple(dict.fromkeys(problems)), modules
+    return AdapterCheckpoint(
+        source=source,
+        family=family,
+        model=model,
+        layout=layout,
+        stored=saved,
+        sizes={},
+        problems=tuple(dict.fromkeys(problems)),
+        factors=modules,
     )
 
 
@@ -117,7 +121,7 @@ def _weight_of(name: str) -> str:
 def _strays(where: str, names: Mapping[str, str], places: Mapping[str, Place], model: Model) -> list[Problem]:
     strays = [name for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)]
     return [
-        Problem(f"{where}: {name} is of no module of {model.name}, and PEFT would ignore it", RESAVE)
+        Problem(f"{where}: {name} does not belong to any {model.name} module; PEFT would ignore it", RESAVE)
         for name in grouped(strays)
     ]
 
@@ -125,14 +129,13 @@ def _strays(where: str, names: Mapping[str, str], places: Mapping[str, Place], m
 def _pair_problems(source: Source, where: str, module: str, a: str, b: str) -> list[Problem]:
     missing = [name for name in (a, b) if name not in source.specs]
     if missing:
-        return [
-            Problem(f"{where}: {missing[0]} is missing, and PEFT would run without it in silence", RESAVE)
-        ]
+        return [Problem(f"{where}: {missing[0]} is missing; PEFT would silently run without it", RESAVE)]
     shape_a, shape_b = source.specs[a].shape, source.specs[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
         return [
             Problem(
-                f"{where}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, no pair", RESAVE
+                f"{where}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, which do not match",
+                RESAVE,
             )
         ]
     return []
@@ -145,10 +148,10 @@ def _module(
     try:
         rank, scale, applies = config.rank(module), config.scale(module), config.applies(module)
     except TimeoutError:
-        said = f"{where}/{CONFIG}: its patterns take longer than {SECONDS:g} s to match"
-        return None, True, [Problem(said, RESAVE)]
+        cause = f"{where}/{CONFIG}: matching its patterns takes longer than {SECONDS:g} s"
+        return None, True, [Problem(cause, RESAVE)]
     stored = source.specs[a].shape[0] if source.specs[a].shape else 0
     if stored != rank:
-        said = f"{where}: {module} has rank {stored}, and the config gives it {rank}"
-        return None, applies, [Problem(said, RESAVE)]
+        cause = f"{where}: {module} has rank {stored} but the config gives it {rank}"
+        return None, applies, [Problem(cause, RESAVE)]
     return Module(a, b, rank, scale), applies, []

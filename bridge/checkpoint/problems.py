@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
-from bridge.checkpoint.leaves import Tree
 from bridge.checkpoint.match import Fit
-from bridge.errors import Problem
+from bridge.errors import CheckpointRefused, Problem
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.header import MAX_TENSORS
+from bridge.rules.family import families
 from bridge.rules.model import Model
 from bridge.rules.names import grouped
+
+RECOPY = "copy the checkpoint again, or re-download it"
+
+
+def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
+    """What to raise when no family's model has a source's names."""
+    known = dict.fromkeys(model.name for family in families() for model in family.models)
+    listed = grouped(names)
+    return CheckpointRefused(
+        Problem(
+            f"{source.location}: these {len(listed)} names match no supported model (first: {listed[0]})"
+            if listed
+            else f"{source.location} contains no array",
+            f"supported models: {', '.join(known)}; another model needs a plug-in of its own",
+        )
+    )
 
 
 def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
     """Names that are missing, and names that no rule reads. `kind` is what a name stands for."""
     problems = [
-        Problem(
-            f"{source.location}: {kind} {name} of {fit.model.name} is missing",
-            "copy the checkpoint again, or take it from its source",
-        )
+        Problem(f"{source.location}: {kind} {name} of {fit.model.name} is missing", RECOPY)
         for name in fit.missing
     ]
     problems += [
         Problem(
-            f"{source.location}: {kind} {name} is read by no rule of {fit.model.name}",
-            "it would be lost: remove it, or declare it in an adapter",
+            f"{source.location}: {kind} {name} is not part of {fit.model.name}",
+            "it would be lost: convert a copy without it, or declare it in a plug-in",
         )
         for name in fit.extra
     ]
     return problems
 
 
-def dtype_problems(source: Source) -> list[Problem]:
-    """Arrays that are no weights: of another dtype, or without elements."""
+def misshapen(source: Source, name: str, shape: tuple[int, ...], axes: tuple[str, ...], why: str) -> Problem:
+    """An array of another number of axes than its rule's."""
+    return Problem(
+        f"{source.location}: {name} has {len(shape)} axes {list(shape)}; "
+        f"expected {len(axes)} ({', '.join(axes) if any(' ' in axis for axis in axes) else ' '.join(axes)})",
+        f"{why}: re-download the checkpoint",
+    )
+
+
+def dtype_problems(source: Source, runtime: str) -> list[Problem]:
+    """Arrays that are not weights: of another dtype, or without elements."""
     by_dtype: dict[str, list[str]] = {}
     for name, spec in source.specs.items():
         if spec.dtype.name not in WEIGHT_DTYPES:
@@ -43,84 +65,73 @@ def dtype_problems(source: Source) -> list[Problem]:
     return [
         Problem(
             f"{source.location}: {name} has dtype {dtype}",
-            f"openpi's weights are {', '.join(WEIGHT_DTYPES)}: save the checkpoint in one of them",
+            f"weights of {runtime} are {', '.join(WEIGHT_DTYPES)}: save the checkpoint in one of them",
         )
         for dtype, names in by_dtype.items()
         for name in grouped(names)
     ] + [
-        Problem(
-            f"{source.location}: {name} has shape {list(spec.shape)}, no element at all",
-            "take the checkpoint from its source again",
-        )
+        Problem(f"{source.location}: {name} has shape {list(spec.shape)}, which has no elements", RECOPY)
         for name, spec in source.specs.items()
         if spec.size == 0
     ]
 
 
-def factor_problems(source: Source, model: Model, tree: Tree) -> list[Problem]:
+def factor_problems(source: Source, fit: Fit, sizes: Mapping[str, int]) -> list[Problem]:
     """Factors without their twin, and leaves left without factors where their group has them."""
     problems = []
-    for part in model.parts:
-        groups: dict[str, dict[bool, list[str]]] = {}
-        for rule in part.rules:
-            if rule.factor_leaves is None or rule.lora is None:
-                continue
-            there = [leaf in tree.stored for leaf in rule.factor_leaves]
-            if any(there) and not all(there):
-                have, lack = rule.factor_leaves if there[0] else reversed(rule.factor_leaves)
-                problems.append(
-                    Problem(
-                        f"{source.location}: {have} is there, and its twin {lack} is not",
-                        "copy the checkpoint again, or take it from its source",
-                    )
+    stored = fit.leaves.stored
+    groups: dict[tuple[str, str], dict[bool, list[str]]] = {}
+    for part, rule in fit.model.leaves(sizes):
+        if rule.factor_leaves is None or rule.lora is None:
+            continue
+        there = [leaf in stored for leaf in rule.factor_leaves]
+        if any(there) and not all(there):
+            have, lack = rule.factor_leaves if there[0] else reversed(rule.factor_leaves)
+            problems.append(
+                Problem(f"{source.location}: {have} is there, but its counterpart {lack} is missing", RECOPY)
+            )
+        else:
+            groups.setdefault((part.name, rule.lora.rank), {}).setdefault(all(there), []).append(rule.leaf)
+    for group in groups.values():
+        if len(group) == 2:
+            problems += [
+                Problem(
+                    f"{source.location}: {leaf} has no LoRA factors, but {group[True][0]} has",
+                    f"{fit.family.runtime} gives factors to all of them or none: re-download the checkpoint",
                 )
-            else:
-                groups.setdefault(rule.lora.rank, {}).setdefault(all(there), []).append(rule.leaf)
-        for group in groups.values():
-            if len(group) == 2:
-                problems += [
-                    Problem(
-                        f"{source.location}: {leaf} has no LoRA factors, and {group[True][0]} has",
-                        "openpi gives factors to all of them or none: take the checkpoint from its source again",
-                    )
-                    for leaf in group[False]
-                ]
+                for leaf in grouped(group[False])
+            ]
     return problems
 
 
 def count_problems(source: Source, model: Model, sizes: Mapping[str, int]) -> list[Problem]:
     """Rules of so many weights that nothing but their names would fill the memory."""
     counts = {
-        rule.leaf: math.prod(
-            sizes.get(model.qualified(part.name, axis), 1) for axis in rule.equation.placeholders
-        )
+        rule.leaf: math.prod(sizes.get(model.qualified(part.name, axis), 1) for axis in rule.template.axes)
         for part in model.parts
         for rule in part.rules
     }
     return [
         Problem(
             f"{source.location}: {leaf} would be {count} weights, more than {MAX_TENSORS}",
-            f"no {model.name} has so many layers: take the checkpoint from its source again",
+            f"no {model.name} has so many layers: re-download the checkpoint",
         )
         for leaf, count in counts.items()
         if count > MAX_TENSORS
     ]
 
 
-def absence_problems(
-    source: Source, fit: Fit, stored: Mapping[str, str], sizes: Mapping[str, int]
+def absent_leaves(
+    source: Source, model: Model, stored: Mapping[str, str], sizes: Mapping[str, int]
 ) -> list[Problem]:
-    """Weights of single layers that are not there, once the number of layers is known."""
-    absent = []
-    for part in fit.model.parts:
-        local = fit.model.local_sizes(part.name, sizes)
-        for rule in part.rules:
-            for _, name in rule.weights(local):
-                if name not in stored:
-                    absent.append(name)
-    return [
-        Problem(
-            f"{source.location}: {name} is missing", "copy the checkpoint again, or take it from its source"
-        )
-        for name in grouped(absent)
-    ]
+    """Leaves of single layers that are missing, once the number of layers is known."""
+    absent = [rule.leaf for _, rule in model.leaves(sizes) if rule.leaf not in stored]
+    return [Problem(f"{source.location}: {name} is missing", RECOPY) for name in grouped(absent)]
+
+
+def absence_problems(
+    source: Source, model: Model, stored: Mapping[str, str], sizes: Mapping[str, int]
+) -> list[Problem]:
+    """Weights of single layers that are missing, once the number of layers is known."""
+    absent = [name for bound in model.bind(sizes) for name in bound.names.values() if name not in stored]
+    return [Problem(f"{source.location}: {name} is missing", RECOPY) for name in grouped(absent)]

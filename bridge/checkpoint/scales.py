@@ -1,38 +1,20 @@
-"""The factor each expert's LoRA product is multiplied by, and where that number comes from.
+"""The factor each part's LoRA product is multiplied by, and where that number comes from.
 
-openpi stores ranks (in shapes) and never alpha. A stock variant's alpha follows from its rank;
-any other must be given, because a wrong guess changes the policy and nothing would show it.
+A checkpoint stores ranks (in shapes) but often no alpha. A stock variant's alpha follows from its
+rank; any other must be given, because a wrong guess changes the model and nothing would show it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.errors import Problem
-from bridge.lora.algebra import scaling
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How one part's LoRA products are scaled."""
-
-    part: str
-    rank: int
-    alpha: float
-    rslora: bool
-    origin: str
-    """Where alpha comes from, for people."""
-
-    @property
-    def value(self) -> float:
-        return scaling(self.rank, self.alpha, rslora=self.rslora)
-
-    def __str__(self) -> str:
-        root = "sqrt(rank)" if self.rslora else "rank"
-        return f"{self.part}: rank {self.rank}, alpha {self.alpha:g} ({self.origin}), alpha/{root} = {self.value:g}"
+from bridge.formats.disk.location import Location
+from bridge.lora.factors import Scale
+from bridge.publish.record import read_record
 
 
 def scales(
@@ -52,12 +34,12 @@ def scales(
     ):
         return {}, []  # no factor has the right number of axes: one of the checkpoint's own problems
     ranks = {
-        part.name: checkpoint.rank(part.name, rule)
+        part.name: checkpoint.rank(part, rule)
         for part, rule in checkpoint.lora_rules()
         if rule.lora is not None and rule.lora.scaled
     }
     location = checkpoint.source.location
-    found: dict[str, Scale] = {}
+    known: dict[str, Scale] = {}
     problems: list[Problem] = []
     problems += alpha_problems(given)
     for name in given:
@@ -65,7 +47,7 @@ def scales(
             have = " and ".join(ranks) or "no part"
             problems.append(
                 Problem(
-                    f"{location}: --lora-alpha is given for {name}, and scaled LoRA factors are in {have}",
+                    f"{location}: --lora-alpha names {name}, but scaled LoRA factors are in {have}",
                     f"name one of {', '.join(ranks)}" if ranks else "leave --lora-alpha out",
                 )
             )
@@ -73,7 +55,7 @@ def scales(
         flag = "--lora-alpha" if "" in given else "--rslora"
         problems.append(
             Problem(
-                f"{location}: {flag} is given, and no scaled LoRA factors are there",
+                f"{location}: {flag} is given, but there are no scaled LoRA factors",
                 f"leave {flag} out if that is what you expect; else the checkpoint has lost its factors",
             )
         )
@@ -84,28 +66,54 @@ def scales(
         alpha = given.get(part.name, given.get(""))
         origin = "given"
         if alpha is None:
-            alpha, origin = part.stock_alpha.get(rank), f"the stock one for rank {rank}"
+            alpha, origin = part.stock_alpha.get(rank), f"stock for rank {rank}"
         if alpha is None:
             stock = ", ".join(map(str, part.stock_alpha)) or "none"
             problems.append(
                 Problem(
-                    f"{location}: {part.name} has LoRA of rank {rank} and unknown alpha "
-                    f"(checkpoints do not store it; stock rank: {stock})",
-                    f"add --lora-alpha {part.name}=ALPHA, from the training config's LoRAConfig",
+                    f"{location}: {part.name} has LoRA of rank {rank} with unknown alpha "
+                    f"(the checkpoint does not store it; stock rank: {stock})",
+                    f"add --lora-alpha {part.name}=ALPHA, as in the training config",
                 )
             )
         elif rank > 0:
-            found[part.name] = Scale(part.name, rank, alpha, rslora, origin)
-    return found, problems
+            known[part.name] = Scale(part=part.name, rank=rank, alpha=alpha, rslora=rslora, origin=origin)
+    return known, problems
 
 
 def alpha_problems(given: Mapping[str, float]) -> list[Problem]:
-    """Alphas that are none."""
+    """Alphas that are not positive numbers."""
     return [
         Problem(
-            f"--lora-alpha {name}{'=' if name else ''}{value}: alpha is a positive number",
-            "take it from the training config's LoRAConfig",
+            f"--lora-alpha {name}{'=' if name else ''}{value}: alpha must be a positive number",
+            "take it from the training config",
         )
         for name, value in given.items()
         if not (math.isfinite(value) and value > 0)
     ]
+
+
+def recorded_scales(root: Location) -> dict[str, dict[str, Any]]:
+    """The scales that bridge recorded beside a checkpoint, by part; empty where there are none."""
+    scales = read_record(root).get("scales", {})
+    try:
+        return {
+            name: scale
+            for name, scale in scales.items()
+            if type(scale["rank"]) is int and scale["rank"] > 0 and float(scale["alpha"]) > 0
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def alphas_for(
+    roots: Iterable[Location], given: Mapping[str, float] | None, rslora: bool
+) -> tuple[dict[str, float], bool]:
+    """Alphas as given, else as the first ``bridge.json`` beside one of the paths records them."""
+    if given:
+        return dict(given), rslora
+    for root in roots:
+        if scales := recorded_scales(root):
+            alphas = {name: float(scale["alpha"]) for name, scale in scales.items()}
+            return alphas, rslora or any(bool(scale.get("rslora")) for scale in scales.values())
+    return {}, rslora

@@ -1,23 +1,28 @@
 """Dimensions of a model, worked out from the shapes in a checkpoint.
 
-Every dimension of every array is one equation: the product of its axes is its length. Leaves
-give one axis each; weights give groups (``(head dim)``), solved once all but one axis is known.
+Every dimension of every array is each equation: the product of its axes is its length. Leaves
+give each axis each; weights give groups (``(head dim)``), solved once all but each axis is known.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bridge.errors import Problem
-from bridge.rules.model import Model
+from bridge.formats.contract import Source
+from bridge.rules.equation import UNIT
+from bridge.rules.model import Model, Part
+
+#: layers that may be missing below the highest before the number itself is taken for the fault
+MAX_GAP = 1000
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One dimension of one stored array: the product of ``axes`` is ``length``."""
+class Dimension:
+    """One dimension of each stored array: the product of ``axes`` is ``length``."""
 
     axes: tuple[str, ...]
     """Qualified and canonical."""
@@ -26,13 +31,78 @@ class Seen:
     """The array, for messages."""
 
 
+def dimensions(
+    model: Model, part: Part, dims: Iterable[tuple[tuple[str, ...], int]], where: str
+) -> Iterator[Dimension]:
+    """The dimensions of each array.
+
+    Args:
+        model: for the names under which sizes are kept.
+        part: whose array it is.
+        dims: for each axis of the array, the axes it is the product of, and its length.
+        where: the array, for messages.
+    """
+    for axes, length in dims:
+        # a literal 1 is checked like an axis whose size is known
+        named = tuple(axis if axis == UNIT else model.qualified(part.name, axis) for axis in axes)
+        yield Dimension(named, length, where)
+
+
+def fixed_dimensions(model: Model, runtime: str, seen: Iterable[Dimension]) -> list[Dimension]:
+    """Sizes that the declarations fix: a unit axis, and axes whose placeholder lists its words."""
+    fixed = [Dimension((UNIT,), 1, runtime)] if any(each.axes == (UNIT,) for each in seen) else []
+    for part in model.parts:
+        for rule in part.rules:
+            for axis, words in rule.template.choices.items():
+                fixed.append(Dimension((model.qualified(part.name, axis),), len(words), f"{rule.weight}"))
+    return fixed
+
+
+class Numbers:
+    """The numbers in names, by axis: how many layers there are.
+
+    Args:
+        model: for the names under which sizes are kept.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._counts: dict[tuple[str, str], set[int]] = {}
+
+    def add(self, part: Part, at: Mapping[str, int]) -> None:
+        """The numbers in each name of a part."""
+        for axis, number in at.items():
+            self._counts.setdefault((part.name, axis), set()).add(number)
+
+    def dimensions(self) -> tuple[list[Dimension], list[Problem]]:
+        """Each axis is as long as its highest number says, unless that cannot be."""
+        counted, problems = [], []
+        for (part, axis), numbers in self._counts.items():
+            if max(numbers) > len(numbers) + MAX_GAP:
+                problems.append(
+                    Problem(
+                        f"{part} has a {axis} {max(numbers)} but only {len(numbers)} in all",
+                        "the names are damaged: re-download the checkpoint",
+                    )
+                )
+                continue
+            qualified = self._model.qualified(part, axis)
+            counted.append(Dimension((qualified,), max(numbers) + 1, f"{part}: the highest {axis}"))
+        return counted, problems
+
+
+def located(source: Source, problems: Iterable[Problem]) -> list[Problem]:
+    """Problems of a source, with the source's name."""
+    return [Problem(f"{source.location}: {problem.cause}", problem.fix) for problem in problems]
+
+
 def solve(
-    seen: Iterable[Seen], model: Model, known: Mapping[str, int] | None = None
+    seen: Iterable[Dimension], model: Model, known: Mapping[str, int] | None = None
 ) -> tuple[dict[str, int], list[Problem]]:
     """Find the size of every axis, and every array that disagrees.
 
-    Where arrays disagree, the size most of them have is taken for the true one, so that the
-    message names the odd one out.
+    Where arrays disagree, the size most of them have is taken for the true each, so that the
+    message names the odd each out.
 
     Args:
         seen: every dimension of every array.
@@ -42,75 +112,75 @@ def solve(
     Returns:
         Sizes by canonical axis (axes that no equation fixes are absent), and the problems.
     """
-    votes: defaultdict[str, list[Seen]] = defaultdict(list)
-    groups: list[Seen] = []
-    for one in seen:
-        if len(one.axes) == 1:
-            votes[one.axes[0]].append(one)
+    votes: defaultdict[str, list[Dimension]] = defaultdict(list)
+    groups: list[Dimension] = []
+    for dimension in seen:
+        if len(dimension.axes) == 1:
+            votes[dimension.axes[0]].append(dimension)
         else:
-            groups.append(one)
+            groups.append(dimension)
 
     sizes = dict(known or {})
     problems: list[Problem] = []
     for axis, members in votes.items():
         if axis not in sizes:
-            sizes[axis] = Counter(one.length for one in members).most_common(1)[0][0]
-        agree = next((one.where for one in members if one.length == sizes[axis]), "the config")
-        problems += [_disagree(axis, one, sizes[axis], agree) for one in members if one.length != sizes[axis]]
+            sizes[axis] = Counter(each.length for each in members).most_common(1)[0][0]
+        agree = next((each.where for each in members if each.length == sizes[axis]), "the config")
+        problems += [
+            _disagree(axis, each, sizes[axis], agree) for each in members if each.length != sizes[axis]
+        ]
 
     unsolved = groups
     while True:
-        later: list[Seen] = []
-        for one in unsolved:
-            unknown = [axis for axis in one.axes if axis not in sizes]
-            rest = math.prod(sizes[axis] for axis in one.axes if axis in sizes)
-            if not unknown and rest != one.length:
-                problems.append(_disagree(" x ".join(one.axes), one, rest, "the other tensors"))
-            elif len(unknown) == 1 and rest > 0 and one.length % rest == 0:
-                sizes[unknown[0]] = one.length // rest
+        later: list[Dimension] = []
+        for each in unsolved:
+            unknown = [axis for axis in each.axes if axis not in sizes]
+            rest = math.prod(sizes[axis] for axis in each.axes if axis in sizes)
+            if not unknown and rest != each.length:
+                problems.append(_disagree(" x ".join(each.axes), each, rest, "the other tensors"))
+            elif len(unknown) == 1 and rest > 0 and each.length % rest == 0:
+                sizes[unknown[0]] = each.length // rest
             elif len(unknown) == 1:
-                problems.append(_indivisible(one, rest))
+                problems.append(_indivisible(each, rest))
             elif unknown:
-                later.append(one)
+                later.append(each)
         if len(later) == len(unsolved):
             break
         unsolved = later
 
-    # a product none of whose axes is known has one length all the same
-    products: defaultdict[tuple[str, ...], list[Seen]] = defaultdict(list)
-    for one in unsolved:
-        products[one.axes].append(one)
+    # a product none of whose axes is known has each length all the same
+    products: defaultdict[tuple[str, ...], list[Dimension]] = defaultdict(list)
+    for each in unsolved:
+        products[each.axes].append(each)
     for axes, members in products.items():
-        length = Counter(one.length for one in members).most_common(1)[0][0]
-        agree = next(one.where for one in members if one.length == length)
+        length = Counter(each.length for each in members).most_common(1)[0][0]
+        agree = next(each.where for each in members if each.length == length)
         problems += [
-            _disagree(" x ".join(axes), one, length, agree) for one in members if one.length != length
+            _disagree(" x ".join(axes), each, length, agree) for each in members if each.length != length
         ]
 
     for multiple in model.multiples:
-        axis, of = (
-            model.canonical.get(multiple.axis, multiple.axis),
-            model.canonical.get(multiple.of, multiple.of),
-        )
+        axis, of = (model.canonical.get(name, name) for name in (multiple.axis, multiple.of))
         if axis in sizes and of in sizes and sizes[axis] != multiple.factor * sizes[of]:
             problems.append(
                 Problem(
-                    f"{axis} is {sizes[axis]}, and must be {multiple.factor} x {of}, which is {sizes[of]}",
-                    f"no {model.name} has these dimensions: take the checkpoint from its source again",
+                    f"{axis} is {sizes[axis]}; expected {multiple.factor} x {of}, which is {sizes[of]}",
+                    f"no {model.name} has these dimensions: re-download the checkpoint",
                 )
             )
     return sizes, problems
 
 
-def _indivisible(one: Seen, rest: int) -> Problem:
+def _indivisible(dimension: Dimension, rest: int) -> Problem:
     return Problem(
-        f"{one.where}: {' x '.join(one.axes)} is {one.length}, which is no multiple of {rest} in the other tensors",
-        "the checkpoint mixes models of different dimensions: take it from its source again",
+        f"{dimension.where}: {' x '.join(dimension.axes)} is {dimension.length}, not a multiple of {rest} "
+        "in the other tensors",
+        "the checkpoint mixes models of different dimensions: re-download it",
     )
 
 
-def _disagree(axis: str, one: Seen, expected: int, agree: str) -> Problem:
+def _disagree(axis: str, dimension: Dimension, expected: int, agree: str) -> Problem:
     return Problem(
-        f"{one.where}: {axis} is {one.length}, but {expected} in {agree}",
-        "the checkpoint mixes models of different dimensions: take it from its source again",
+        f"{dimension.where}: {axis} is {dimension.length}, but {expected} in {agree}",
+        "the checkpoint mixes models of different dimensions: re-download it",
     )

@@ -1,24 +1,27 @@
 """What differs between two checkpoints, in any two formats: how a user sees what a fine-tune trained.
 
 LoRA counts as what it does to a weight: the effective weights are compared, with factors summed
-in. Streams both; holds one weight of each.
+in. Streams both; has one weight of each in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from bridge.compare.gaps import gap
-from bridge.compare.sides import Both, open_side, same_model, walk
-from bridge.lora.spectrum import effective_rank, spectrum
-from bridge.proof.checks import values
+from bridge.checkpoint.options import SourceOptions, alphas_of
+from bridge.checkpoint.scales import alphas_for
+from bridge.compare.gaps import gap, values
+from bridge.compare.sides import WeightPair, open_side, same_model, walk
+from bridge.formats.disk.location import Location
+from bridge.lora.algebra import effective_rank
+from bridge.rules.option import complete
+from bridge.stream.workers import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """One weight on both sides."""
 
@@ -54,7 +57,7 @@ class Difference:
         return effective_rank(self.spectrum)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two checkpoints, compared."""
 
@@ -88,60 +91,72 @@ def diff(
     a: str | Path,
     b: str | Path,
     *,
-    base: str | Path | None = None,
-    lora_alpha: Mapping[str, float] | None = None,
-    rslora: bool = False,
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[SourceOptions],
 ) -> Comparison:
-    """Compare the effective weights of two checkpoints.
+    """Compare the effective weights of two checkpoints, in any two formats: LoRA factors are summed in.
 
     Args:
-        a: a checkpoint, the one differences are relative to.
-        b: another of the same model.
-        base: what an adapter among the two applies to.
-        lora_alpha: alpha by expert, where LoRA of other than stock ranks is among the two.
-        rslora: the run used rank-stabilised LoRA.
-        workers: leaves compared at once; the numbers do not depend on it.
-        progress: called with the bytes dealt with, and their total.
+        a (`str` or `Path`): a checkpoint; differences are relative to it.
+        b (`str` or `Path`): another one of the same model and dimensions.
+        progress (`Callable[[int, int], None]`, *optional*): called with the bytes of weights compared, and
+            their total.
+        **options: the fields of :class:`bridge.SourceOptions`. An adapter among the two needs ``base``; alphas
+            that are not given are read from the ``bridge.json`` of ``b`` or ``a``.
+
+    Returns:
+        `Comparison`: a :class:`Difference` for each weight, and those that differ in
+        :attr:`Comparison.changed`, the most changed first.
 
     Raises:
         Refusal: one of them cannot be read, or they are of different models or dimensions.
-    """
-    from bridge.proof.verify import alphas_for
+        TypeError: a keyword is not an option, or a value is of another type.
 
-    alphas, root = alphas_for((b, a), lora_alpha, rslora)
-    sides = open_side(a, base, alphas, root), open_side(b, base, alphas, root)
+    Example:
+        >>> import bridge
+        >>> from importlib.resources import files
+        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> result = bridge.convert(sample, "base", to="torch-base")
+        >>> comparison = bridge.diff("base", sample, lora_alpha={"paligemma": 8, "expert": 4})
+        >>> len(comparison.differences), len(comparison.changed)
+        (106, 42)
+        >>> comparison.changed[0].lora
+        'b'
+    """
+    options = complete(SourceOptions, options)
+    alphas, root = alphas_for(map(Location.parse, (b, a)), alphas_of(options), options["rslora"])
+    sides = open_side(a, options["base"], alphas, root), open_side(b, options["base"], alphas, root)
     model = same_model(*sides)
-    found: dict[str, Difference] = {}
-    for one in walk(*sides, _difference, workers=workers, progress=progress).looks:
-        before = found.get(one.name)
-        found[one.name] = one if before is None else _together(before, one)
+    merged: dict[str, Difference] = {}
+    for each in walk(*sides, _difference, workers=options["workers"], progress=progress).results:
+        before = merged.get(each.name)
+        merged[each.name] = each if before is None else _together(before, each)
     return Comparison(
-        str(sides[0].checkpoint.source.location),
-        str(sides[1].checkpoint.source.location),
-        model.name,
-        (str(sides[0].checkpoint.state), str(sides[1].checkpoint.state)),
-        tuple(found.values()),
+        a=str(sides[0].checkpoint.source.location),
+        b=str(sides[1].checkpoint.source.location),
+        model=model.name,
+        states=(str(sides[0].checkpoint.state), str(sides[1].checkpoint.state)),
+        differences=tuple(merged.values()),
     )
 
 
-def _difference(both: Both) -> Difference:
-    found = gap(values(both, both.a), values(both, both.b))
-    held = both.b if both.b.has_factors else both.a
-    carries = (both.a.has_factors, both.b.has_factors)
+def _difference(pair: WeightPair) -> Difference:
+    equation = pair.rule.equation.of_weight
+    changes = pair.a.matrices, pair.b.matrices
+    measured = gap(values(equation, pair.a.w, changes[0]), values(equation, pair.b.w, changes[1]))
+    carries = "".join(side for side, change in zip("ab", changes, strict=True) if change is not None)
     return Difference(
-        both.name,
-        both.part.name,
-        both.rule.leaf,
-        both.index,
-        both.a.w.dtype.name,
-        both.b.w.dtype.name,
-        math.sqrt(found.squares),
-        math.sqrt(found.norm),
-        found.largest,
-        {(True, True): "both", (True, False): "a", (False, True): "b"}.get(carries, ""),
-        spectrum(both.rule.equation.one, held),
+        name=pair.name,
+        part=pair.part.name,
+        leaf=pair.rule.leaf,
+        index=pair.index,
+        dtype_a=pair.a.w.dtype.name,
+        dtype_b=pair.b.w.dtype.name,
+        gap=math.sqrt(measured.squares),
+        norm=math.sqrt(measured.norm),
+        max_abs=measured.largest,
+        lora="both" if carries == "ab" else carries,
+        spectrum=carrying.spectrum if (carrying := changes[1] or changes[0]) else (),
     )
 
 

@@ -1,6 +1,6 @@
-"""Two arrays of one shape held against each other, tile by tile, without a wide copy of either.
+"""Two arrays of one shape compared tile by tile, without a wide copy of either.
 
-A leaf and a tensor hold one weight in different orders: walked together, one of them is read
+A leaf and a tensor have one weight in different orders: walked together, one of them is read
 across its rows, which costs a cache line an entry. A tile is small enough to stay in the cache
 of a core, is copied out of each side in that side's own order, and compared there.
 """
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
-from bridge.arrays import FLOAT32
+from bridge.arrays import FLOAT32, axes_by_stride
+from bridge.lora.factors import Matrices, Spread
 from bridge.rules.equation import Equation
-from bridge.stream.readers import Matrices
 
 Tile = tuple[slice, ...]
 
@@ -31,9 +30,9 @@ _BITS: dict[int, np.dtype] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 def tiles(a: np.ndarray, b: np.ndarray) -> Iterator[Tile]:
     """Slices that cover two arrays of one shape, long in the axis that each keeps together."""
-    fast = dict.fromkeys(_order(array)[0] for array in (a, b))
+    fast = dict.fromkeys(axes_by_stride(array)[0] for array in (a, b))
     extents = [min(n, EDGE) if axis in fast and len(fast) > 1 else 1 for axis, n in enumerate(a.shape)]
-    for axis in (*fast, *_order(a)):
+    for axis in (*fast, *axes_by_stride(a)):
         # what short axes leave of a tile goes to the next ones
         room = ENTRIES * extents[axis] // max(math.prod(extents), 1)
         extents[axis] = max(extents[axis], min(a.shape[axis], room), 1)
@@ -42,44 +41,25 @@ def tiles(a: np.ndarray, b: np.ndarray) -> Iterator[Tile]:
         yield tuple(slice(s, s + extent) for s, extent in zip(start, extents, strict=True))
 
 
-def _order(array: np.ndarray) -> list[int]:
-    """The axes of an array, the one whose entries lie closest together first."""
-    return sorted(
-        range(array.ndim), key=lambda axis: (array.shape[axis] == 1, abs(array.strides[axis]), -axis)
-    )
-
-
 def near(tile: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A copy of a tile in its own order, close together, in a dtype."""
     return tile.astype(dtype, order="K")
 
 
 @dataclass(frozen=True)
-class Product:
+class Change:
     """What factors add to a weight, read by tiles."""
 
     equation: Equation
     """Of one weight."""
-    sizes: Mapping[str, int]
-    """Of the leaf's axes."""
-    matrices: Matrices
+    factors: Spread
     """float32."""
-
-    @cached_property
-    def _spread(self) -> tuple[np.ndarray, np.ndarray]:
-        """The two matrices with the leaf's axes told apart: (…output, rank), (rank, …inputs)."""
-        output, inputs = self.equation.right
-        return (
-            self.matrices.b.reshape([self.sizes[axis] for axis in output] + [-1]),
-            self.matrices.a.reshape([-1] + [self.sizes[axis] for axis in inputs]),
-        )
 
     def __getitem__(self, tile: Tile) -> np.ndarray:
         """A tile in the leaf's axes, float32."""
         axes, (output, inputs) = self.equation.left, self.equation.right
         at = dict(zip(axes, tile, strict=True))
-        b, a = self._spread
-        b, a = b[tuple(at[axis] for axis in output)], a[(slice(None), *(at[axis] for axis in inputs))]
+        b, a = self.factors.block(tuple(at[axis] for axis in self.equation.weight_axes))
         rows, columns = b.reshape(-1, len(a)), a.reshape(len(a), -1)
         if axes[-1] == output[-1]:
             # in the order of the leaf, so that nothing is transposed
@@ -88,7 +68,7 @@ class Product:
         else:
             product = (rows @ columns).reshape(*b.shape[:-1], *a.shape[1:])
             named = (*output, *inputs)
-        product *= np.float32(self.matrices.scale)
+        product *= np.float32(self.factors.scale)
         tile_of: np.ndarray = product.transpose([named.index(axis) for axis in axes])
         return tile_of
 
@@ -98,7 +78,7 @@ class Values:
     """The weight that a side computes with, read by tiles."""
 
     w: np.ndarray
-    product: Product | None = None
+    change: Change | None = None
     cast: np.dtype | None = None
     """dtype that ``w`` is rounded to."""
 
@@ -106,9 +86,23 @@ class Values:
         """A tile in the leaf's axes, float32; a sum is formed in float32, whatever the dtypes."""
         w = self.w[tile] if self.cast is None else near(self.w[tile], self.cast)
         w = near(w, FLOAT32)
-        if self.product is not None:
-            w += self.product[tile]
+        if self.change is not None:
+            w += self.change[tile]
         return w
+
+
+def values(equation: Equation, w: np.ndarray, change: Matrices | None) -> Values:
+    """The weight that a side computes with.
+
+    Args:
+        equation: of one weight.
+        w: in the leaf's axes.
+        change: what its factors add, float32.
+    """
+    if change is None:
+        return Values(w)
+    sizes = dict(zip(equation.left, w.shape, strict=True))
+    return Values(w, Change(equation, change.spread(equation, sizes)))
 
 
 @dataclass(frozen=True)
@@ -167,8 +161,8 @@ def _reach(array: np.ndarray) -> np.float32:
 def _squares(array: np.ndarray) -> float:
     """The sum of squares."""
     flat = array.ravel(order="K")
-    found = float(np.dot(flat, flat))
-    if 1e-30 < found < math.inf:
-        return found
-    # beyond what float32 can hold: none of the numbers a trained weight has
+    total = float(np.dot(flat, flat))
+    if 1e-30 < total < math.inf:
+        return total
+    # beyond float32's range: none of the numbers a trained weight has
     return float(np.square(flat, dtype=np.float64).sum())

@@ -1,30 +1,21 @@
-"""A plan: every read, every write, every shape and byte of a conversion, before the first is read.
-
-Made by :func:`bridge.plan`. Printing it is the dry run; running it streams (:mod:`bridge.conversion.run`).
-"""
+"""A conversion as data: every read, every write, every shape and byte, before the first is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
 from bridge.checkpoint.checkpoint import Checkpoint
-from bridge.checkpoint.scales import Scale
+from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.options import Options
-from bridge.conversion.outputs import Output
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
+from bridge.lora.factors import Scale
 from bridge.rules.model import Layout
-from bridge.stream.inputs import Inputs
+from bridge.stream.output import Output
 from bridge.stream.step import Step
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
-    from bridge.conversion.run import Progress, Result
 
 #: what steps running at once may take together
 MEMORY = 512 << 20
@@ -33,9 +24,9 @@ MEMORY = 512 << 20
 RESIDENT = 90 << 20
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything a conversion will do. Made by :func:`bridge.plan`."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a conversion will do."""
 
     inputs: Inputs
     destination: Path | None
@@ -105,24 +96,3 @@ class Plan:
         """Estimated peak memory of the process, in bytes."""
         biggest = sorted((step.memory for step in self.steps), reverse=True)[: self.workers]
         return RESIDENT + min(sum(biggest), self.memory_budget)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def headline(self) -> list[str]:
-        """Source, route, loss, scales and notes: what a user must know before it runs."""
-        from bridge.conversion.render import head
-
-        return list(head(self))
-
-    def text(self, width: int = 200) -> str:
-        """The whole plan, for a terminal of this width."""
-        from bridge.conversion.render import plan_text
-
-        return plan_text(self, width)
-
-    def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
-        """Carry it out: see :func:`bridge.conversion.run.run`."""
-        from bridge.conversion.run import run
-
-        return run(self, progress, executor)

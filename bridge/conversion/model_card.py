@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from bridge.checkpoint.checkpoint import Checkpoint
-from bridge.checkpoint.scales import Scale
-from bridge.conversion.outputs import Output
-from bridge.peft.config import A
-
-if TYPE_CHECKING:
-    from bridge.conversion.options import Options
-
-_LOADING = {
-    "openpi": """\
-from safetensors.torch import load_model
-from peft import PeftModel
-
-policy = PI0Pytorch(config)  # openpi, models_pytorch/pi0_pytorch.py
-load_model(policy, "BASE/model.safetensors")
-policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
-    "transformers": """\
-from transformers import PI0ForConditionalGeneration
-from peft import PeftModel
-
-policy = PI0ForConditionalGeneration.from_pretrained("BASE")
-policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
-    "lerobot": """\
-from lerobot.policies.pi0.modeling_pi0 import PI0Policy  # pi05: PI05Policy
-from peft import PeftModel
-
-policy = PI0Policy.from_pretrained("BASE")
-policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
-}
+from bridge.conversion.request import Request
+from bridge.peft.config import A, module_of
+from bridge.stream.output import Output
 
 
-def model_card(
-    checkpoint: Checkpoint, adapter: Output, scales: Mapping[str, Scale], options: Options
-) -> bytes:
+def model_card(request: Request, adapter: Output) -> bytes:
     """The card, as Markdown."""
+    family, options = request.inputs.source.family, request.options
     modules = sum(name.endswith(A) for name in adapter.specs)
     parameters = sum(spec.size for spec in adapter.specs.values())
     alpha = (
-        "Factors are as openpi trained them; alpha / rank in `adapter_config.json` is openpi's scale."
-        if options.keep_alpha
-        else "openpi's scale is folded into `lora_B`, so alpha equals the rank everywhere."
+        f"Factors are as {family.runtime} trained them; alpha / rank in `adapter_config.json` is its scale."
+        if options["keep_alpha"]
+        else f"The scale of {family.runtime} is folded into `lora_B`, so alpha equals the rank everywhere."
+    )
+    unscaled = (
+        f" {family.unscaled.capitalize()} has scale 1, as in {family.runtime}." if family.unscaled else ""
+    )
+    trained = (
+        f": a LoRA run of {family.runtime} trains {family.trained_beside} in full, and on another base it is "
+        f"another {family.noun}"
+        if family.trained_beside
+        else ""
     )
     base = (
         "Its base is in `base/`."
-        if options.with_base
-        else "Apply it to the base it was trained on: a LoRA run of openpi trains vision tower, projector and "
-        "projections in full, and on another base it is another policy."
+        if options["with_base"]
+        else f"Apply it to the base it was trained on{trained}."
     )
-    loading = _LOADING.get(adapter.layout.name, "")
     lines = [
         "---",
         "library_name: peft",
         "---",
         "",
-        f"# LoRA adapter of an openpi {checkpoint.model.name} policy",
+        f"# LoRA adapter of a {family.runtime} {request.inputs.model.name} {family.noun}",
         "",
         f"{modules} modules, {parameters} parameters, module paths of {adapter.layout.name}. {base}",
         "",
-        "| expert | rank | alpha | scale |",
+        f"| {family.part_noun} | rank | alpha | scale |",
         "|---|---|---|---|",
-        *(f"| {s.part} | {s.rank} | {s.alpha:g} | {s.value:g} |" for s in scales.values()),
+        *(f"| {s.part} | {s.rank} | {s.alpha:g} | {s.value:g} |" for s in request.scales.values()),
         "",
-        f"{alpha} The feed-forward has scale 1, as in openpi's runtime. In PEFT, `q_proj` has openpi's rank times "
-        "the number of heads, because every head has factors of its own.",
+        " ".join((alpha + unscaled, *_blocks(request))),
         "",
-        *(("```python", loading, "```", "") if loading else ()),
-        "Written by bridge (openpi-bridge); `bridge.json` says from what.",
+        *(("```python", adapter.layout.loading, "```", "") if adapter.layout.loading else ()),
+        "Written by bridge (openpi-bridge); `bridge.json` records from what.",
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _blocks(request: Request) -> list[str]:
+    """Why some modules have a larger rank in PEFT."""
+    kept = {
+        module_of(rule.weight).rpartition(".")[2]: " and ".join(rule.factor_axes.kept)
+        for _, rule in request.inputs.source.lora_rules()
+        if rule.factor_axes.kept and not rule.template.choices
+    }
+    return [
+        f"In PEFT, `{module}` has the rank times the number of {axes}s, because every {axes} has factors of its own."
+        for module, axes in kept.items()
+    ]

@@ -1,76 +1,153 @@
-"""What a user chooses about a conversion, and what of it says nothing about the output asked for."""
-
-from __future__ import annotations
+"""The options of a conversion, each declared here and nowhere else."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated, Any
 
-from bridge import converters
-from bridge.arrays import WEIGHT_DTYPES
-from bridge.errors import Problem
-from bridge.graph import State
+from bridge.checkpoint.options import SOURCE, SourceOptions
+from bridge.graph import Form, State
+from bridge.rules.option import ByPart, Choice, Flag, Option, Text, documented
 
-DTYPES = ("keep", *WEIGHT_DTYPES)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose, as given to :func:`bridge.plan`."""
-
-    dtype: str | None = None
-    layout: str = "openpi"
-    action_horizon: int | None = None
-    keep_alpha: bool = False
-    rank: int | Mapping[str, int] | None = None
-    with_base: bool = False
-    base_name: str | None = None
-    modules_to_save: bool = False
-    fold: bool = False
-    value_suffix: bool = False
-    lossy: bool = False
-
-    @property
-    def compress_to(self) -> int | None:
-        """The rank every module of an adapter is compressed to, if it is."""
-        return self.rank if isinstance(self.rank, int) else None
+OUTPUT = "Output"
+ADAPTER = "PEFT adapter (--to peft-adapter)"
+TREE = "JAX checkpoint (--to orbax)"
 
 
-def option_problems(options: Options, source: State, target: State, base: object) -> list[Problem]:
-    """Options that say nothing about the target asked for: they would be ignored in silence."""
-    problems = []
-    if options.dtype is not None and options.dtype not in DTYPES:
-        problems.append(
-            Problem(f"{options.dtype} is no dtype for weights", f"use one of {', '.join(DTYPES)}")
-        )
-    is_adapter, is_tree = target is converters.PEFT, target.format == converters.ORBAX_BASE.format
-    for flag, given, fits in (
-        ("--keep-alpha", options.keep_alpha, is_adapter),
-        ("--with-base", options.with_base, is_adapter),
-        ("--base-name", options.base_name is not None, is_adapter),
-        ("--modules-to-save", options.modules_to_save, is_adapter),
-        ("--base", base is not None, is_adapter or source is converters.PEFT),
-        ("--rank", options.rank is not None, is_adapter or target is converters.ORBAX_LORA),
-        ("--lossy", options.lossy, target is converters.ORBAX_LORA),
-        ("--fold", options.fold, is_tree),
-        ("--value-suffix", options.value_suffix, is_tree),
-        ("--layout", options.layout != "openpi", not is_tree),
-        ("--action-horizon", options.action_horizon is not None, not is_tree),
-    ):
-        if given and not fits:
-            problems.append(Problem(f"{flag} says nothing about {target}", f"leave {flag} out"))
-    if options.modules_to_save and is_adapter and base is None:
-        problems.append(
-            Problem(
-                "--modules-to-save needs the base whose other weights the adapter should carry",
-                "add --base PATH",
-            )
-        )
-    if is_adapter and isinstance(options.rank, Mapping):
-        problems.append(Problem("--rank is given by expert, and compresses all modules", "give one number"))
-    ranks = options.rank.values() if isinstance(options.rank, Mapping) else (options.rank,)
-    problems += [
-        Problem(f"--rank is {rank}", "give a positive whole number")
-        for rank in ranks
-        if rank is not None and (rank < 1 or rank != int(rank))
+def _makes_adapter(source: State, target: State) -> bool:
+    return target.form is Form.ADAPTER
+
+
+def _makes_tree(source: State, target: State) -> bool:
+    return target.form is Form.PYTREE
+
+
+def _makes_tensors(source: State, target: State) -> bool:
+    return target.form is not Form.PYTREE
+
+
+def _makes_lora_leaves(source: State, target: State) -> bool:
+    return target.contents == "base+lora"
+
+
+def _makes_lora(source: State, target: State) -> bool:
+    return "lora" in target.contents
+
+
+class Options(SourceOptions, total=False):
+    """Options of :func:`bridge.plan`, and of all that plans a conversion."""
+
+    from_: Annotated[
+        str | None,
+        Option(kind=Text("FORMAT"), group=SOURCE, help="Format of SRC; detected automatically by default."),
     ]
-    return problems
+    dtype: Annotated[
+        str | None,
+        Option(
+            # a test compares these with bridge.arrays, which would cost the command's --help numpy
+            kind=Choice("keep", "float32", "bfloat16", "float16"),
+            group=OUTPUT,
+            help="dtype to write. Default: bfloat16; float32 when LoRA is merged; the source's own with --to "
+            "torch-base, peft-adapter or orbax. 16-bit output keeps in float32 what the runtime keeps in float32, "
+            "such as norms.",
+        ),
+    ]
+    layout: Annotated[
+        str | None,
+        Option(
+            kind=Text("NAME"),
+            group=OUTPUT,
+            help="Weight naming scheme; the model's first by default.",
+            fits=_makes_tensors,
+        ),
+    ]
+    rank: Annotated[
+        int | Mapping[str, int] | None,
+        Option(
+            kind=ByPart("[PART=]RANK", whole=True, exclusive=True),
+            group=OUTPUT,
+            help="With --to peft-adapter: compress all modules to this rank, by SVD. With --to orbax: rank of the "
+            "LoRA leaves. Repeatable.",
+            fits=_makes_lora,
+        ),
+    ]
+    overwrite: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=OUTPUT,
+            help="Replace DST if bridge wrote it, once the new output is complete.",
+        ),
+    ]
+    keep_alpha: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=ADAPTER,
+            help="Keep factors unchanged; store the scale in lora_alpha.",
+            fits=_makes_adapter,
+        ),
+    ]
+    with_base: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=ADAPTER,
+            help="Also write the base that the adapter applies to, into DST/base.",
+            fits=_makes_adapter,
+        ),
+    ]
+    base_name: Annotated[
+        str | None,
+        Option(
+            kind=Text("NAME"),
+            group=ADAPTER,
+            help="Value of base_model_name_or_path in adapter_config.json.",
+            fits=_makes_adapter,
+        ),
+    ]
+    modules_to_save: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=ADAPTER,
+            help="Store the weights that differ from --base in the adapter.",
+            fits=_makes_adapter,
+        ),
+    ]
+    fold: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=TREE,
+            help="Merge the adapter into the weights instead of writing LoRA leaves.",
+            fits=_makes_tree,
+        ),
+    ]
+    lossy: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=TREE,
+            help="Approximate, by SVD, factors that do not fit the rank of the LoRA leaves.",
+            fits=_makes_lora_leaves,
+        ),
+    ]
+    value_suffix: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=TREE,
+            help="End leaf names with 'value', as training checkpoints do.",
+            fits=_makes_tree,
+        ),
+    ]
+    settings: Mapping[str, Any]
+    """Options of families, by keyword, for typed callers; others pass them as keywords of the verb."""
+
+
+Options.__doc__ = documented(Options)
+
+
+def compress_to(options: Options) -> int | None:
+    """The rank that every module of an adapter is compressed to, if any."""
+    rank = options["rank"]
+    return rank if isinstance(rank, int) else None

@@ -1,26 +1,51 @@
-"""Making a plan: opens the source, finds its model, a route and the scales, and refuses with every fault found."""
+"""Making a plan: opens the source, finds its model, a route and the scales, and refuses with every problem."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Unpack
 
-from bridge import converters
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.checkpoint.assets import Assets, read_assets
-from bridge.checkpoint.checkpoint import Checkpoint, open_source, understand
-from bridge.checkpoint.scales import Scale, scales
-from bridge.conversion.job import Plan
-from bridge.conversion.options import Options, option_problems
-from bridge.conversion.outputs import Output, leaf_output, tensor_output
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
+from bridge.checkpoint.open import open_checkpoint
+from bridge.compare.base import misfits
+from bridge.conversion.converters import Edge, converters, no_scales
+from bridge.conversion.job import Job
+from bridge.conversion.options import Options
+from bridge.conversion.render import head, plan_text
+from bridge.conversion.request import Built, Request
+from bridge.conversion.run import Result, run
+from bridge.conversion.settings import option_problems, read_options, settings_of
 from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
 from bridge.formats.contract import Source
-from bridge.formats.disk.location import Location
-from bridge.graph import Loss, Route, State, route
+from bridge.graph import Form, Loss, State, route
 from bridge.publish.preflight import check_apart, check_destination, check_kept, check_space, check_twins
-from bridge.rules.model import Facts, Layout
-from bridge.stream.inputs import Inputs, shape_problems, size_problems
+from bridge.rules.family import Facts
+from bridge.stream.output import Output, narrows
+from bridge.stream.workers import Progress
+
+
+class Plan(Job):
+    """A conversion before it is carried out. Printing it is the dry run. Made by :func:`bridge.plan`."""
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def headline(self) -> list[str]:
+        """Source, route, loss, scales and notes: what a user must know before it runs."""
+        return list(head(self))
+
+    def text(self, width: int = 200) -> str:
+        """The whole plan, for a terminal of this width."""
+        return plan_text(self, width)
+
+    def run(self, progress: Progress | None = None, executor: Executor | None = None) -> Result:
+        """Carry it out: see :func:`bridge.run`."""
+        return run(self, progress, executor)
 
 
 def plan(
@@ -28,248 +53,181 @@ def plan(
     dst: str | Path | None,
     *,
     to: str,
-    from_: str | None = None,
-    base: str | Path | None = None,
-    dtype: str | None = None,
-    lora_alpha: float | Mapping[str, float] | None = None,
-    rslora: bool = False,
-    layout: str = "openpi",
-    action_horizon: int | None = None,
-    keep_alpha: bool = False,
-    rank: int | Mapping[str, int] | None = None,
-    with_base: bool = False,
-    base_name: str | None = None,
-    modules_to_save: bool = False,
-    fold: bool = False,
-    value_suffix: bool = False,
-    lossy: bool = False,
-    overwrite: bool = False,
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Plan:
-    """Plan a conversion. Nothing is written, and no tensor data is read but where said.
+    """Plan a conversion: every read, every write, every shape, dtype and byte count. Nothing is written.
+
+    Names, shapes and dtypes are read, and no tensor data but where an option says so: ``base`` and ``rank``
+    to an adapter, and the factors of an adapter that are too large for the LoRA leaves.
 
     Args:
-        src: a step directory, its ``params``, a directory of steps, a bucket's URL of these, or a
-            directory of PyTorch weights or of an adapter.
-        dst: the directory to make; None plans without one.
-        to: the format asked for, such as ``"torch-merged"``.
-        from_: the source's format, where it does not tell itself.
-        base: the checkpoint an adapter applies to. With ``to="peft-adapter"`` the weights beside
-            the factors are compared with it, which reads both.
-        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; by default bfloat16, or float32
-            when LoRA is folded, or the source's own for ``torch-base`` and adapters.
-        lora_alpha: alpha of the LoRA training config, for all experts or by name.
-        rslora: the run used rank-stabilised LoRA (alpha / sqrt(rank)).
-        layout: names of the weights: ``openpi``, ``lerobot`` or ``transformers``.
-        action_horizon: length of an action chunk, for ``config.json``; no weight tells it.
-        keep_alpha: write an adapter's factors as they are and the scale as alpha.
-        rank: to an adapter, the rank its modules are compressed to, by SVD (reads the factors); to
-            ``orbax``, the rank of the LoRA leaves, for all experts or by name.
-        with_base: write the base an adapter applies to into ``dst/base``.
-        base_name: an adapter's ``base_model_name_or_path``.
-        modules_to_save: put the weights that differ from ``base`` into the adapter.
-        fold: to ``orbax``, sum the adapter into the weights instead of writing LoRA leaves.
-        value_suffix: end leaf paths in ``value``, as openpi's training saves them.
-        lossy: approximate, by SVD, an adapter's factors that do not fit openpi's rank.
-        overwrite: replace an output that bridge has written.
-        workers: steps at once.
-        progress: called while ``base`` is compared.
+        src (`str` or `Path`): a step directory, its ``params``, a directory of steps, the URL of a bucket
+            that has one of these, or a directory of PyTorch weights or of an adapter.
+        dst (`str`, `Path` or `None`): the directory to make; None plans without one.
+        to (`str`): the format asked for: ``"torch-merged"``, ``"torch-base"``, ``"peft-adapter"`` or ``"orbax"``.
+        progress (`Callable[[int, int], None]`, *optional*): called with the bytes compared with ``base``, and
+            their total.
+        **options: the fields of :class:`bridge.Options`, and the options of families by their keywords
+            (for type checkers: ``settings={"action_horizon": 10}``).
+
+    Returns:
+        `Plan`: print it to see what a conversion will do; :meth:`Plan.run` carries it out.
 
     Raises:
-        Refusal: with every problem found.
+        Refusal: with every problem.
+        TypeError: a keyword is not an option, or a value is of another type.
+
+    Example:
+        >>> import bridge
+        >>> from importlib.resources import files
+        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> plan = bridge.plan(sample, None, to="torch-merged", lora_alpha={"paligemma": 8, "expert": 4})
+        >>> plan.dtype, len(plan.specs), plan.bytes_written
+        ('float32', 107, 1663668)
+        >>> str(plan.scales["expert"])
+        'expert: rank 8, alpha 4 (given), alpha/rank = 0.5'
     """
     if dst is not None and "://" in str(dst):
         raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))
-    options = Options(
-        dtype, layout, action_horizon, keep_alpha, rank, with_base, base_name, modules_to_save,
-        fold, value_suffix, lossy,
-    )  # fmt: skip
+    options = read_options(options)
+    base = options["base"]
     destination = None if dst is None else Path(dst).expanduser().absolute()
-    checkpoint = understand(open_source(Location.parse(src), from_))
+    checkpoint = open_checkpoint(src, options["from_"])
     problems = list(checkpoint.problems)
     if destination is not None:
-        problems += check_destination(destination, checkpoint.source.root.local, overwrite=overwrite)
-    way = _route(checkpoint, to, fold, base is not None, problems)
+        problems += check_destination(
+            destination, checkpoint.source.root.local, overwrite=options["overwrite"]
+        )
+    way = _route(checkpoint, to, options["fold"], base is not None, problems)
     target = way[-1].target
     reference = None if base is None else _base(base, checkpoint, target)
-    inputs = Inputs(checkpoint, reference if checkpoint.state is converters.PEFT else None)
+    inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
+    family = inputs.weights.family
     if reference is not None:
         problems += reference.problems
         if destination is not None:
             problems += check_apart(destination, reference.source.root.local)
-    problems += option_problems(options, checkpoint.state, target, base)
+    problems += option_problems(options, family, checkpoint.state, target)
     if reference is not None and not problems:
-        problems += _reference_problems(inputs, reference)
-    ranks, alphas, found = _scales(inputs, target, options, lora_alpha, rslora)
-    problems += found
-    if target.format == converters.ORBAX_BASE.format:
+        problems += shape_problems(inputs) if inputs.base is not None else misfits(checkpoint, reference)
+    scaling = next((edge.scaling for edge in way if edge.scaling is not no_scales), no_scales)
+    ranks, scales, trouble = scaling(inputs, options)
+    problems += trouble
+    if target.form is Form.PYTREE:
         problems += size_problems(inputs)
-    chosen = inputs.model.layout(layout)
-    if chosen is None:
+    name = options["layout"]
+    layout = inputs.model.layouts[0] if name is None else inputs.model.layout(name)
+    if layout is None:
         have = ", ".join(known.name for known in inputs.model.layouts)
-        problems.append(Problem(f"{inputs.model.name} has no layout {layout}", f"use one of {have}"))
-    if problems or chosen is None:
+        problems.append(Problem(f"{inputs.model.name} has no layout {name}", f"use one of {have}"))
+    if problems or layout is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
     # before the work that some outputs are
-    assets = read_assets(checkpoint.source.root)
+    assets = read_assets(checkpoint.source.root, family)
     if inputs.base is not None and not assets.files:
-        assets = read_assets(inputs.base.source.root)
-    outputs, loss, notes = _outputs(
-        inputs, reference, way, chosen, alphas, ranks, options, destination, progress
+        assets = read_assets(inputs.base.source.root, family)
+    folds = any(edge.fold for edge in way)
+    usual = family.fold_dtype if folds else family.export_dtype if _is_whole(target) else "keep"
+    request = Request(
+        inputs=inputs,
+        reference=reference,
+        target=target,
+        fold=folds,
+        layout=layout,
+        dtype=options["dtype"] or usual,
+        scales=scales,
+        ranks=ranks,
+        options=options,
+        destination=destination,
+        progress=progress,
     )
-    outputs, said = _with_files(inputs, outputs, assets, options)
+    built = way[-1].build(request)
+    outputs, notes = _with_files(request, built.outputs, assets)
     stamps = dict(assets.stamps)
-    for each in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
-        stamps.update(each.stamps)
-    made = Plan(
-        inputs,
-        destination,
-        way,
-        loss,
-        alphas,
-        outputs,
-        (*checkpoint.source.notes, *_elsewhere(checkpoint.source), *notes, *said),
-        options,
-        overwrite,
-        max(1, workers),
-        stamps,
+    for source in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
+        stamps.update(source.stamps)
+    planned = Plan(
+        inputs=inputs,
+        destination=destination,
+        route=way,
+        loss=_loss(way, built),
+        scales=scales,
+        outputs=outputs,
+        notes=(*checkpoint.source.notes, *_link_notes(checkpoint.source), *built.notes, *notes),
+        options=options,
+        overwrite=options["overwrite"],
+        workers=options["workers"],
+        stamps=stamps,
     )
     if destination is not None:
         problems = check_kept(destination, stamps)
         for output in outputs:
             problems += check_twins(destination / output.where, (*output.specs, *output.files))
         refuse_if(problems, OutputRefused)
-        refuse_if(check_space(destination, made.bytes_written), OutputRefused)
-    return made
+        refuse_if(check_space(destination, planned.bytes_written), OutputRefused)
+    return planned
 
 
-def _route(checkpoint: Checkpoint, to: str, fold: bool, has_base: bool, problems: list[Problem]) -> Route:
+def _is_whole(target: State) -> bool:
+    """Whether a target is a model's weights, ready to run."""
+    return target.form is Form.STATE_DICT and not target.stripped
+
+
+def _route(
+    checkpoint: Checkpoint, to: str, fold: bool, has_base: bool, problems: list[Problem]
+) -> tuple[Edge, ...]:
     """The way to the format asked for. Raises with what is wrong with the source, where there is none."""
+    contents = (
+        "base"
+        if fold and any(e.target.name == to and e.target.form is Form.PYTREE for e in converters())
+        else None
+    )
     try:
-        return route(
-            converters.CONVERTERS,
-            checkpoint.state,
-            to,
-            {"base"} if has_base else (),
-            converters.ORBAX_BASE.holds if fold and to == converters.ORBAX_BASE.name else None,
-        )
+        return route(converters(), checkpoint.state, to, {"base"} if has_base else (), contents)
     except RouteRefused as refused:
         # a checkpoint that lost its factors has no route: what it lost must be said as well
         kind = CheckpointRefused if checkpoint.problems else RouteRefused
         raise kind(*problems, *refused.problems) from None
 
 
-def _reference_problems(inputs: Inputs, reference: Checkpoint) -> list[Problem]:
-    """Why an adapter does not fit its base, or weights cannot be compared with a reference's."""
-    if inputs.base is not None:
-        return shape_problems(inputs)
-    from bridge.compare.base import misfits
-
-    return misfits(inputs.source, reference)
-
-
-def _scales(
-    inputs: Inputs,
-    target: State,
-    options: Options,
-    lora_alpha: float | Mapping[str, float] | None,
-    rslora: bool,
-) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:
-    """By part: the ranks of LoRA leaves to be written, and what openpi multiplies products by."""
-    if lora_alpha is None or isinstance(lora_alpha, Mapping):
-        given = dict(lora_alpha or {})
-    else:
-        given = {"": float(lora_alpha)}
-    if target is converters.ORBAX_LORA:
-        from bridge.conversion.from_peft import joined_scales
-
-        return joined_scales(inputs, options, given, rslora)
-    carries = inputs.source.state is converters.ORBAX_LORA and target is not converters.TORCH_BASE
-    if not (given or rslora or carries):
-        return {}, {}, []
-    return {}, *scales(inputs.source, given, rslora)
-
-
-def _outputs(
-    inputs: Inputs,
-    reference: Checkpoint | None,
-    way: Route,
-    layout: Layout,
-    alphas: Mapping[str, Scale],
-    ranks: Mapping[str, int],
-    options: Options,
-    destination: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[tuple[Output, ...], Loss, list[str]]:
-    """What the route's target is made of, what is lost on the way, and what a user must know of it."""
-    target, folds = way[-1].target, any(edge.fold for edge in way)
-    usual = "float32" if folds else "bfloat16" if target is converters.TORCH_MERGED else "keep"
-    dtype = options.dtype or usual
-    notes: list[str] = []
-    approximated = False
-    if target is converters.PEFT:
-        from bridge.conversion.to_peft import adapter_outputs
-
-        approximated = options.compress_to is not None
-        outputs, notes = adapter_outputs(
-            inputs, reference, target, layout, dtype, alphas, options, destination, progress
-        )
-    elif target.format == converters.ORBAX_BASE.format:
-        leaves = leaf_output(
-            inputs,
-            target,
-            dtype,
-            fold=folds,
-            value_suffix=options.value_suffix,
-            ranks=ranks,
-            scales=alphas,
-            lossy=options.lossy,
-        )
-        outputs = (leaves,)
-        if ranks:
-            from bridge.conversion.from_peft import fit_notes
-
-            notes = fit_notes(inputs, leaves)
-            approximated = bool(notes)
-    else:
-        outputs = (tensor_output(inputs, target, layout, dtype, alphas, fold=folds),)
+def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
     loss = max(edge.loss for edge in way)
-    if approximated or any(_narrows(output) for output in outputs):
-        loss = max(loss, Loss.ROUND)
-    return outputs, loss, notes
+    if built.approximated or any(narrows(output, FLOAT32, BFLOAT16) for output in built.outputs):
+        loss = max(loss, Loss.ROUNDED)
+    return loss
 
 
-def _elsewhere(source: Source) -> list[str]:
-    """Files of a source that symlinks bring in from elsewhere, as a hub's cache does; said aloud."""
+def _link_notes(source: Source) -> list[str]:
+    """A note about files of a source that symlinks bring in from elsewhere, as a hub's cache does."""
     root = os.path.realpath(str(source.root.local))
     real = {path: os.path.realpath(path) for path in source.stamps}
-    out = [path for path, whence in real.items() if os.path.commonpath([root, whence]) != root]
-    if not out:
+    outside = [path for path, target in real.items() if os.path.commonpath([root, target]) != root]
+    if not outside:
         return []
-    more = f", and {len(out) - 1} more" if len(out) > 1 else ""
-    return [f"{out[0]} is a symlink to {real[out[0]]}{more}"]
+    more = f", and {len(outside) - 1} more" if len(outside) > 1 else ""
+    return [f"{outside[0]} is a symlink to {real[outside[0]]}{more}"]
 
 
 def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint:
     """The base an adapter applies to, or the reference that weights are compared with."""
-    reference = understand(open_source(Location.parse(base)))
+    reference = open_checkpoint(base)
     where = reference.source.location
-    if reference.state is converters.PEFT:
+    if reference.state.form is Form.ADAPTER:
         raise CheckpointRefused(
             Problem(f"{where} is an adapter, not a base", "give the weights it applies to")
         )
-    if reference.state is converters.ORBAX_LORA and target is not converters.PEFT:
+    if reference.has_lora and target.form is not Form.ADAPTER:
         raise CheckpointRefused(
             Problem(
                 f"{where} has LoRA factors of its own", "make its base first: bridge convert --to torch-base"
             )
         )
-    if checkpoint.state is not converters.PEFT and reference.model.name != checkpoint.model.name:
+    if checkpoint.state.form is not Form.ADAPTER and reference.model.name != checkpoint.model.name:
         raise CheckpointRefused(
             Problem(
-                f"{checkpoint.source.location} is {checkpoint.model.name}, and {where} is {reference.model.name}",
+                f"{checkpoint.source.location} is {checkpoint.model.name} but {where} is {reference.model.name}",
                 "give a base of the same model",
             )
         )
@@ -277,36 +235,27 @@ def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint
 
 
 def _with_files(
-    inputs: Inputs, outputs: tuple[Output, ...], assets: Assets, options: Options
+    request: Request, outputs: tuple[Output, ...], assets: Assets
 ) -> tuple[tuple[Output, ...], list[str]]:
     """Add to every output what its loader wants beside the tensors, and the assets."""
+    family, inputs = request.inputs.weights.family, request.inputs
     notes = list(assets.notes)
-    made = []
+    complete = []
     for output in outputs:
         files = dict(assets.files)
-        makes = inputs.weights.adapter.companions
-        if makes is not None and output.state.format != converters.ORBAX_BASE.format:
-            companions = makes(
+        if family.companions is not None and output.state.form is not Form.PYTREE:
+            companions = family.companions(
                 Facts(
-                    inputs.model,
-                    inputs.weights.sizes,
-                    output.layout,
-                    output.state.holds,
-                    output.main_dtype,
-                    {"action_horizon": options.action_horizon},
-                    assets.files,
+                    model=inputs.model,
+                    sizes=inputs.weights.sizes,
+                    layout=output.layout,
+                    contents=output.state.contents,
+                    dtype=output.main_dtype,
+                    settings=settings_of(family, request.options),
+                    assets=assets.files,
                 )
             )
             files.update(companions.files)
             notes += [note for note in companions.notes if note not in notes]
-        made.append(output.with_files(files))
-    return tuple(made), notes
-
-
-def _narrows(output: Output) -> bool:
-    """Whether some weight is written in a dtype that cannot hold all values of its source's."""
-    return any(
-        step.writer.dtype != step.leaf_spec.dtype
-        and not (step.writer.dtype == FLOAT32 and step.leaf_spec.dtype.itemsize == BFLOAT16.itemsize)
-        for step in output.steps
-    )
+        complete.append(output.with_files(files))
+    return tuple(complete), notes

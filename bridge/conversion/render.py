@@ -1,20 +1,18 @@
-"""A plan as text: the same lines for ``print(plan)``, ``--dry-run`` and people's bug reports."""
+"""A job as text: the same lines for ``print(job)``, ``--dry-run`` and bug reports."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from bridge.arrays import Spec
+from bridge.conversion.job import Job
+from bridge.conversion.options import compress_to
 from bridge.errors import printable
+from bridge.graph import Form, Loss
 from bridge.rules.names import grouped
-from bridge.stream.readers import LeafFactors, LeafWeights
-
-if TYPE_CHECKING:
-    from bridge.conversion.job import Plan
-    from bridge.conversion.outputs import Output
-    from bridge.stream.step import Step
+from bridge.stream.output import Output
+from bridge.stream.step import Step
 
 
 def size(count: float) -> str:
@@ -26,57 +24,61 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def plan_text(plan: Plan, width: int) -> str:
-    """The whole plan. Each rule takes one line, or two where they do not fit the width."""
-    shown = [line for output in plan.outputs for line in ("", *_rules(plan, output, width))]
-    return "\n".join((*head(plan), *shown, "", *_totals(plan)))
+def plan_text(job: Job, width: int) -> str:
+    """The whole job. Each rule takes one line, or two where they do not fit the width."""
+    shown = [line for output in job.outputs for line in ("", *_rules(job, output, width))]
+    return "\n".join((*head(job), *shown, "", *_totals(job)))
 
 
-def head(plan: Plan) -> Iterator[str]:
+def head(job: Job) -> Iterator[str]:
     """Lines: a line break in a path does not make one."""
-    return map(printable, _head(plan))
+    return map(printable, _head(job))
 
 
-def _head(plan: Plan) -> Iterator[str]:
-    checkpoint, base = plan.checkpoint, plan.inputs.base
+def _head(job: Job) -> Iterator[str]:
+    checkpoint, base = job.checkpoint, job.inputs.base
     yield f"source       {checkpoint.source.location}"
-    yield f"             {checkpoint.state}, model {plan.inputs.model.name}"
+    yield f"             {checkpoint.state}, model {job.inputs.model.name}"
     if base is not None:
         yield f"base         {base.source.location}"
         yield f"             {base.state}"
-    if plan.destination is not None:
-        yield f"destination  {plan.destination}" + (" (replaced)" if plan.overwrite else "")
-    way = " -> ".join([str(plan.route[0].source), *(f"{c.name} -> {c.target}" for c in plan.route)])
+    if job.destination is not None:
+        yield f"destination  {job.destination}" + (" (replaced)" if job.overwrite else "")
+    way = " -> ".join([str(job.route[0].source), *(f"{c.name} -> {c.target}" for c in job.route)])
     yield f"route        {way}"
-    yield f"loss         {plan.loss.name.lower()}: {_loss(plan)}"
-    yield f"dtype        {plan.dtype}, layout {plan.layout.name}"
-    for scale in plan.scales.values():
+    yield f"loss         {job.loss.name.lower()}: {_loss(job)}"
+    yield f"dtype        {job.dtype}, layout {job.layout.name}"
+    for scale in job.scales.values():
         yield f"lora scale   {scale}"
-    if plan.scales and any(
-        step.factors is not None and step.rule.lora and not step.rule.lora.scaled for step in plan.steps
-    ):
-        yield "             feed-forward: 1, openpi's runtime applies no scale there"
-    for note in plan.notes:
+    unscaled = job.inputs.weights.family.unscaled
+    if job.scales and unscaled and any(_is_unscaled(step) for step in job.steps):
+        yield f"             {unscaled}: 1, {job.inputs.weights.family.runtime} applies no scale there"
+    for note in job.notes:
         yield f"note         {note}"
 
 
-def _loss(plan: Plan) -> str:
-    if plan.options.compress_to is not None and plan.output.state.holds == "lora":
-        return f"modules of a rank above {plan.options.compress_to} are approximated, by SVD"
-    if plan.options.lossy and plan.loss.name == "ROUND":
-        return "factors that do not fit openpi's rank are approximated, by SVD"
+def _is_unscaled(step: Step) -> bool:
+    return step.factors is not None and step.rule.lora is not None and not step.rule.lora.scaled
+
+
+def _loss(job: Job) -> str:
+    rank = compress_to(job.options)
+    if rank is not None and job.output.state.form is Form.ADAPTER:
+        return f"modules of a rank above {rank} are approximated, by SVD"
+    if job.options["lossy"] and job.loss is Loss.ROUNDED:
+        return "factors that do not fit the rank of their leaves are approximated, by SVD"
     return {
-        "EXACT": "every value is kept bit for bit",
-        "GAUGE": "the same function, numbers that cancel out may differ",
-        "ROUND": "values are rounded once, to the dtype written",
-        "DROP": "; ".join(edge.summary for edge in plan.route),
-    }[plan.loss.name]
+        Loss.EXACT: "every value is kept bit for bit",
+        Loss.EQUIVALENT: "the same function, different factors",
+        Loss.ROUNDED: "values are rounded once, to the dtype written",
+        Loss.LOSSY: "; ".join(edge.summary for edge in job.route),
+    }[job.loss]
 
 
-def _rules(plan: Plan, output: Output, width: int) -> Iterator[str]:
+def _rules(job: Job, output: Output, width: int) -> Iterator[str]:
     if output.where:
         yield f"{output.where}/: {output.state}"
-    for part in plan.inputs.model.parts:
+    for part in job.inputs.model.parts:
         steps = [step for step in output.steps if step.part == part.name]
         if not steps:
             continue
@@ -88,7 +90,7 @@ def _rules(plan: Plan, output: Output, width: int) -> Iterator[str]:
         rows = [
             (
                 name_taken.removeprefix(leaves),
-                _taken(plan, step),
+                _taken(job, step),
                 "-> " + name.removeprefix(weights),
                 str(spec),
             )
@@ -121,32 +123,28 @@ def _shown(step: Step) -> dict[str, Spec]:
 
 def _taken_names(step: Step) -> str:
     """Where a step's weights come from: its leaf, or the tensors it is made of."""
-    if step.weights is None or isinstance(step.weights, LeafWeights):
-        return step.rule.leaf
-    return _braced(grouped(name for _, name in step.weights.reads))
+    return step.rule.leaf if step.weights is None else _braced(grouped(step.weights.names(step.rule)))
 
 
-def _taken(plan: Plan, step: Step) -> str:
+def _taken(job: Job, step: Step) -> str:
     """What a step takes: the leaf, its factors, and the scale of their product."""
-    scale = step.factors.scale if isinstance(step.factors, LeafFactors) else 1.0
-    scaled = step.rule.lora is not None and step.rule.lora.scaled
-    product = f"{scale:g} a b" if scaled and isinstance(step.factors, LeafFactors) else "a b"
+    scale = None if step.factors is None else step.factors.scale
+    scaled = step.rule.lora is not None and step.rule.lora.scaled and scale is not None
+    product = f"{scale:g} a b" if scaled else "a b"
     if step.weights is None:
         return product
-    spec = (
-        step.leaf_spec if isinstance(step.weights, LeafWeights) else plan.inputs.spec(step.weights.reads[0])
-    )
+    spec = step.weights.spec(step.leaf_spec, job.inputs.sources)
     return f"{spec}" + (f" + {product}" if step.factors is not None else "")
 
 
-def _totals(plan: Plan) -> Iterator[str]:
-    sources = plan.inputs.sources
-    tensors = sum(len(output.specs) for output in plan.outputs)
-    ways = Counter(sources[which].how(name) for step in plan.steps for which, name in step.reads)
+def _totals(job: Job) -> Iterator[str]:
+    sources = job.inputs.sources
+    tensors = sum(len(output.specs) for output in job.outputs)
+    ways = Counter(sources[which].how(name) for step in job.steps for which, name in step.reads)
     how = ", ".join(f"{count} arrays {way}" for way, count in ways.items())
-    yield f"reads        {size(plan.bytes_read)} ({size(plan.bytes_decoded)} decoded): {how}"
-    yield f"writes       {size(plan.bytes_written)}: {tensors} tensors by {len(plan.steps)} rules"
-    yield f"memory       about {size(plan.memory)} at most"
+    yield f"reads        {size(job.bytes_read)} ({size(job.bytes_decoded)} decoded): {how}"
+    yield f"writes       {size(job.bytes_written)}: {tensors} tensors by {len(job.steps)} rules"
+    yield f"memory       about {size(job.memory)} at most"
 
 
 def _common(names: Sequence[str], separator: str) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 from bridge.arrays import Spec
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import Stamp
+from bridge.graph import Form, State
+from bridge.plugins import load
 
 Slab = tuple[tuple[int, ...], np.ndarray]
 """A box of an array: the position of its first element along every axis, and the values, with as many axes."""
@@ -121,11 +123,13 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """A container format, as registered."""
 
     name: str
+    states: tuple[State, ...]
+    """The nodes of the graph that this container can be; all of one form."""
     claims: Callable[[Location], bool]
     """Whether a path looks like this format, finished or not; cheap."""
     open: Callable[[Location], Source]
@@ -133,3 +137,23 @@ class Format:
     create: Callable[[Path, Mapping[str, Spec], Mapping[str, str], Collection[str]], Sink] | None = None
     """Make the container inside an empty directory: arrays to come, header metadata, and the names of
     arrays that are zeros and never written."""
+
+    @property
+    def form(self) -> Form:
+        """What its arrays are."""
+        return self.states[0].form
+
+
+def formats() -> tuple[Format, ...]:
+    """Every installed format. Raises PluginRefused when one cannot be loaded."""
+    return load("bridge.formats")
+
+
+def format_named(name: str) -> Format:
+    """The installed format of that name."""
+    return next(known for known in formats() if known.name == name)
+
+
+def states() -> tuple[State, ...]:
+    """Every node of the graph."""
+    return tuple(state for known in formats() for state in known.states)

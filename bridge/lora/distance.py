@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge.lora.algebra import factor_axes
-from bridge.rules.equation import Equation
+from bridge.lora.factors import Factors
+from bridge.rules.factoring import RANK, FactorAxes
 
 if TYPE_CHECKING:
     import torch
@@ -79,14 +79,14 @@ def distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: t
 
 
 def entries(
-    equation: Equation, lora_a: np.ndarray, lora_b: np.ndarray
+    axes: FactorAxes, lora_a: np.ndarray, lora_b: np.ndarray
 ) -> Iterator[tuple[tuple[int | slice, ...], torch.Tensor, torch.Tensor]]:
-    """The products that openpi's factors of one weight stand for: one for each kept entry (head of q).
+    """The products that the factors of one weight stand for: one for each kept entry (head of q).
 
     Args:
-        equation: of one weight (:attr:`Equation.one`).
-        lora_a: (…shared, inner, rank).
-        lora_b: (…shared, rank, outer).
+        axes: of one weight.
+        lora_a: with the axes ``axes.a``.
+        lora_b: with the axes ``axes.b``.
 
     Yields:
         Which of the weight's rows, as an index into its output axes; B (rows, rank); A (rank, in).
@@ -94,44 +94,38 @@ def entries(
     """
     import torch
 
-    axes = factor_axes(equation)
-    output, inputs = equation.right
-    kept = [axis for axis in axes.shared if axis in output]
-    own = [axis for axis in axes.shared if axis not in kept]
-    order = [[*own, axes.inner].index(axis) for axis in inputs]
-    size = dict(zip(axes.shared, lora_a.shape[:-2], strict=True))
-    for at in np.ndindex(*(size[axis] for axis in kept)):
-        entry: dict[str, int] = dict(zip(kept, at, strict=True))
-        pick = tuple(entry.get(axis, slice(None)) for axis in axes.shared)
-        a = lora_a[pick].transpose([*order, len(order)]).astype(np.float64)
-        b = lora_b[pick].astype(np.float64).sum(axis=tuple(range(len(own))))
+    output, inputs = axes.equation.right
+    size = dict(zip(axes.a, lora_a.shape, strict=True))
+    own = [axis for axis in output if axis not in axes.kept]
+    for at in np.ndindex(*(size[axis] for axis in axes.kept)):
+        entry: dict[str, int] = dict(zip(axes.kept, at, strict=True))
+        pick_a, pick_b = (tuple(entry.get(axis, slice(None)) for axis in side) for side in (axes.a, axes.b))
+        left_a, left_b = ([axis for axis in side if axis not in entry] for side in (axes.a, axes.b))
+        a = lora_a[pick_a].transpose([left_a.index(axis) for axis in (*inputs, RANK)]).astype(np.float64)
+        b = lora_b[pick_b].astype(np.float64).sum(axis=tuple(map(left_b.index, axes.summed)))
+        left_b = [axis for axis in left_b if axis not in axes.summed]
+        b = b.transpose([left_b.index(axis) for axis in (*own, RANK)])
         rows = tuple(entry.get(axis, slice(None)) for axis in output)
-        yield rows, torch.from_numpy(b).T, torch.from_numpy(a.reshape(-1, a.shape[-1])).T
+        rank = a.shape[-1]
+        yield rows, torch.from_numpy(b.reshape(-1, rank)), torch.from_numpy(a.reshape(-1, rank)).T
 
 
-def module_error(
-    equation: Equation,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    lora_a: np.ndarray,
-    lora_b: np.ndarray,
-    scale: float,
-) -> float:
-    """Relative error of ``lora_B @ lora_A`` as the change of a weight that openpi's factors stand for.
+def module_error(lora_A: torch.Tensor, lora_B: torch.Tensor, factors: Factors) -> float:
+    """Relative error of ``lora_B @ lora_A`` as the change of a weight that a leaf's factors stand for.
 
     Args:
-        equation: of one weight.
-        lora_A: (rank, in); lora_B: (out, rank), with whatever scale PEFT applies multiplied in. float64.
-        lora_a: (…shared, inner, rank); lora_b: (…shared, rank, outer), as openpi has them.
-        scale: openpi's, of their product.
+        lora_A: (rank, in), float64.
+        lora_B: (out, rank), float64, with whatever scale PEFT applies multiplied in.
+        factors: of the weight, with the runtime's scale.
 
     Returns:
-        Frobenius norm of the difference over that of openpi's product; the former where that is 0.
+        Frobenius norm of the difference over that of the factors' product; the former where that is 0.
     """
-    sizes = dict(zip(equation.left, (*lora_a.shape[:-1], lora_b.shape[-1]), strict=True))
-    spread = lora_B.reshape(*(sizes[axis] for axis in equation.right[0]), -1)
+    axes, sizes = factors.axes, factors.sizes
+    spread = lora_B.reshape(*(sizes[axis] for axis in axes.equation.right[0]), -1)
     gap = norm = 0.0
-    for rows, b, a in entries(equation, lora_a, lora_b):
-        gap = math.hypot(gap, distance(spread[rows], lora_A, scale * b, a))
-        norm = math.hypot(norm, product_norm(scale * b, a))
+    for rows, b, a in entries(axes, factors.a, factors.b):
+        ours = spread[rows].reshape(len(b), -1)
+        gap = math.hypot(gap, distance(ours, lora_A, factors.scale * b, a))
+        norm = math.hypot(norm, product_norm(factors.scale * b, a))
     return gap / norm if norm else gap

@@ -2,12 +2,12 @@
 
 PEFT passes over missing keys, unexpected keys, wrong alphas and permuted layers in silence. So a
 written adapter is loaded by PEFT itself onto a skeleton with the true module paths, and everything
-it made of it is held against the plan and the source:
+it made of it is compared with the plan and the source:
 
 - the config, the tensors and their checksums, the modules, their scales, the base left alone, what
   PEFT would save again;
-- every module's factors: the exact distance of their product from that of openpi's factors;
-- every module run by PEFT on random inputs, against openpi's two einsums;
+- every module's factors: the exact distance of their product from that of the leaf's factors;
+- every module run by PEFT on random inputs, against the JAX runtime's two einsums;
 - of every kind of module, one change of the weight as PEFT builds it, entry by entry.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from bridge.arrays import FLOAT32, raw
+from bridge.arrays import raw
+from bridge.checkpoint.inputs import Inputs
 from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import TorchSource
-from bridge.lora.algebra import factor_axes
 from bridge.lora.distance import entries, module_error
+from bridge.lora.factors import Factors
 from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.proof.peft_skeleton import (
     FIX,
@@ -42,20 +44,17 @@ from bridge.proof.peft_skeleton import (
     lora_layers,
     reexport_problems,
 )
-from bridge.proof.runtimes import lora_equations, one_thread
-from bridge.publish.atomic import RECORD
-from bridge.rules.equation import Equation, Index
+from bridge.publish.record import RECORD
+from bridge.rules.equation import Index
 from bridge.rules.rule import Rule
-from bridge.stream.readers import Done, Factors, LeafFactors
+from bridge.stream.output import Output
+from bridge.stream.readers import Done
+from bridge.stream.step import Step
 from bridge.stream.writers import AdapterWriter, Pair
+from bridge.torch_arrays import one_thread
 
 if TYPE_CHECKING:
-    import threading
-
     import torch
-
-    from bridge.conversion.job import Plan
-    from bridge.stream.step import Step
 
 #: relative error allowed of a module's product, in the adapter's dtype
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
@@ -73,14 +72,14 @@ TILE = 1 << 18
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof of an adapter found."""
+    """What PEFT makes of an adapter, in numbers."""
 
     peft: str
     """Version of PEFT that loaded it."""
     errors: Mapping[str, float]
     """By module path: relative error (Frobenius) of the product of its factors."""
     outputs: Mapping[str, float]
-    """By module path: relative difference of PEFT's output from openpi's, on random inputs, float32."""
+    """By module path: relative difference of PEFT's output from the JAX runtime's, on random inputs, float32."""
     seconds: float
     """What it took after the tensors were written."""
     importing: float
@@ -108,41 +107,45 @@ class Check:
 PRODUCT, OUTPUT = "the product of the factors", "the output"
 
 
-def prove_adapter(directory: Path, plan: Plan, importing: threading.Thread | None = None) -> Proof:
-    """Load an adapter with PEFT and hold it against the plan that made it and the source.
+def prove_adapter(
+    directory: Path, output: Output, inputs: Inputs, workers: int, importing: threading.Thread | None = None
+) -> Proof:
+    """Load an adapter with PEFT and compare it with its plan and its source.
 
     Args:
         directory: the adapter.
-        plan: that made it.
+        output: what was planned.
+        inputs: what it was made from.
+        workers: leaves checked at once.
         importing: from :func:`import_peft`, where it was called earlier.
 
     Raises:
-        ProofFailed: with everything that does not hold.
+        ProofFailed: with every failed check.
     """
     began = time.perf_counter()
     try:
         source = open_peft(Location.parse(directory))
     except Refusal as refused:
         raise ProofFailed(*refused.problems) from refused
-    config, problems = _planned_config(directory, source.metadata[CONFIG], plan)
+    config, problems = _planned_config(directory, source.metadata[CONFIG], output)
     # what PEFT makes of another config says nothing, and may take for ever
     if config is None:
         raise ProofFailed(*problems)
-    problems += _file_problems(directory, source, plan)
+    problems += _file_problems(directory, source, output)
     waited = time.perf_counter()
     (importing or import_peft()).join()
     waited = time.perf_counter() - waited
     with one_thread():
-        model, loaded = load_on_skeleton(directory, _weight_shapes(plan))
+        model, loaded = load_on_skeleton(directory, _weight_shapes(output, inputs))
         layers = lora_layers(model)
-        planned = {_path(pair): pair for _, writer in _steps(plan) for pair in writer.pairs.values()}
+        planned = {_path(pair): pair for _, writer in _steps(output) for pair in writer.pairs.values()}
         problems += [*loaded, *_module_problems(directory, layers, planned.keys())]
-        problems += _saved_problems(directory, config, model, plan)
+        problems += _saved_problems(directory, config, model, output)
         problems += _pattern_problems(directory, config, layers)
         problems += _scale_problems(directory, layers, planned)
         problems += reexport_problems(directory, model)
         problems += base_problems(directory, model)
-        checks = _checks(plan, layers)
+        checks = _checks(output, inputs, workers, layers)
     problems += [
         Problem(
             f"{directory}: {check.what} of {check.module} is off by {check.error:.1e} (allowed {check.allowed:.1e})",
@@ -162,10 +165,10 @@ def prove_adapter(directory: Path, plan: Plan, importing: threading.Thread | Non
 
 
 def _planned_config(
-    directory: Path, written: Mapping[str, Any], plan: Plan
+    directory: Path, written: Mapping[str, Any], output: Output
 ) -> tuple[AdapterConfig | None, list[Problem]]:
     """The config as bridge reads it, where it is the one that was planned."""
-    planned = json.loads(plan.output.files[CONFIG])
+    planned = json.loads(output.files[CONFIG])
     config, problems = read_config(written, f"{directory}/{CONFIG}")
     # where the adapter lies may change, and PEFT notes its version
     free = {"base_model_name_or_path", "peft_version"}
@@ -177,9 +180,9 @@ def _planned_config(
     return (None if problems else config), problems
 
 
-def _file_problems(directory: Path, source: TorchSource, plan: Plan) -> list[Problem]:
+def _file_problems(directory: Path, source: TorchSource, output: Output) -> list[Problem]:
     """Tensors that are not what was planned, or not what was written."""
-    planned = plan.output.specs
+    planned = output.specs
     problems = [
         Problem(
             f"{directory}: {name} is {source.specs.get(name, 'missing')}, not {planned.get(name, 'planned')}",
@@ -199,15 +202,13 @@ def _file_problems(directory: Path, source: TorchSource, plan: Plan) -> list[Pro
     return problems
 
 
-def _saved_problems(directory: Path, config: AdapterConfig, model: Any, plan: Plan) -> list[Problem]:
+def _saved_problems(directory: Path, config: AdapterConfig, model: Any, output: Output) -> list[Problem]:
     """Modules that PEFT saves whole, and the plan does not; and the other way round."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    pairs = {
-        name for step in plan.output.steps if isinstance(step.writer, AdapterWriter) for name in step.specs
-    }
-    planned = {module_of(name) for name in plan.output.specs.keys() - pairs}
+    pairs = {name for step in output.steps if isinstance(step.writer, AdapterWriter) for name in step.specs}
+    planned = {module_of(name) for name in output.specs.keys() - pairs}
     return [
         Problem(f"{directory}: {name} is saved whole by {'PEFT' if name in found else 'the plan'} alone", FIX)
         for name in sorted(found ^ planned)
@@ -240,16 +241,13 @@ def _scale_problems(directory: Path, layers: Mapping[str, Any], planned: Mapping
     ]
 
 
-def _weight_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def _weight_shapes(output: Output, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     """Every weight of the model that carries the adapter, by the name it has there."""
-    model, sizes = plan.inputs.model, plan.inputs.source.sizes
-    found = {}
-    for part in model.parts:
-        local = model.local_sizes(part.name, sizes)
-        for rule in part.rules:
-            for _, name in rule.weights(local):
-                found[plan.layout.rename(name)] = rule.equation.weight_shape(local)
-    return found
+    return {
+        output.layout.rename(name): bound.weight_shape
+        for bound in inputs.source.bound()
+        for name in bound.names.values()
+    }
 
 
 def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[str]) -> list[Problem]:
@@ -264,9 +262,9 @@ def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[
     return problems
 
 
-def _steps(plan: Plan) -> Iterator[tuple[Step, AdapterWriter]]:
+def _steps(output: Output) -> Iterator[tuple[Step, AdapterWriter]]:
     """The steps that write factors."""
-    for step in plan.output.steps:
+    for step in output.steps:
         if isinstance(step.writer, AdapterWriter):
             yield step, step.writer
 
@@ -275,37 +273,37 @@ def _path(pair: Pair) -> str:
     return pair.a.removesuffix(A).removeprefix(PREFIX)
 
 
-def _checks(plan: Plan, layers: Mapping[str, Any]) -> list[Check]:
+def _checks(output: Output, inputs: Inputs, workers: int, layers: Mapping[str, Any]) -> list[Check]:
     """Every number about every module; several leaves at once."""
     import torch
 
     def check(numbered: tuple[int, tuple[Step, AdapterWriter]]) -> list[Check]:
         number, (step, writer) = numbered
         with torch.no_grad():
-            return list(_step_checks(plan, step, writer, number, layers))
+            return list(_step_checks(output, inputs, step, writer, number, layers))
 
-    with ThreadPoolExecutor(plan.workers) as pool:
-        return [each for found in pool.map(check, enumerate(_steps(plan))) for each in found]
+    with ThreadPoolExecutor(workers) as pool:
+        return [each for checks in pool.map(check, enumerate(_steps(output))) for each in checks]
 
 
 def _step_checks(
-    plan: Plan, step: Step, writer: AdapterWriter, number: int, layers: Mapping[str, Any]
+    output: Output, inputs: Inputs, step: Step, writer: AdapterWriter, number: int, layers: Mapping[str, Any]
 ) -> Iterator[Check]:
     """What PEFT made of the modules of one leaf, against the leaf's factors."""
-    assert isinstance(step.factors, LeafFactors)
-    factors_at = step.factors.open(step.rule, plan.inputs.sources, Done(), None)
+    assert step.factors is not None
+    change_at = step.factors.open(step.rule, inputs.sources, Done(), None)
     generator = np.random.default_rng(number)
     samples = _one_of_each_kind(list(writer.pairs), number)
     for index, pair in writer.pairs.items():
-        module, factors = _path(pair), factors_at(index)
-        # what PEFT did not load has been said
+        module, factors = _path(pair), change_at(index)
+        assert isinstance(factors, Factors)
+        # what PEFT did not load is among the problems already
         if module not in layers or any(weight.is_meta for weight in layers[module].parameters()):
             continue
-        allowed = TOLERANCE[writer.dtype.name] + 1.001 * plan.output.approximated.get(module, 0.0)
+        allowed = TOLERANCE[writer.dtype.name] + 1.001 * output.approximated.get(module, 0.0)
         yield from _module_checks(module, layers[module], step.rule, factors, allowed, generator)
         if index in samples:
-            error = _change_error(layers[module], step.rule.equation.one, factors)
-            yield Check(module, "the change of the weight", error, allowed)
+            yield Check(module, "the change of the weight", _change_error(layers[module], factors), allowed)
 
 
 def _one_of_each_kind(indices: list[Index], number: int) -> set[Index]:
@@ -323,55 +321,52 @@ def _module_checks(
 
     lora_A, lora_B = (getattr(layer, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
     lora_B = lora_B * layer.scaling["default"]
-    error = module_error(rule.equation.one, lora_A, lora_B, factors.a, factors.b, factors.scale)
+    error = module_error(lora_A, lora_B, factors)
     yield Check(module, PRODUCT, error, allowed)
     x = torch.from_numpy(generator.standard_normal((TOKENS, lora_A.shape[1]), dtype=np.float32))
     output = layer(x).double()
-    error = _relative(output, _openpi_output(rule, factors, x.double()))
+    error = _relative(output, _runtime_output(rule, factors, x.double()))
     yield Check(module, OUTPUT, error, SPREAD * allowed)
     error = _relative(output, x.double() @ lora_A.T @ lora_B.T)
     yield Check(module, "the output, by its own factors,", error, ROUNDING)
 
 
-def _openpi_output(rule: Rule, factors: Factors, x: torch.Tensor) -> torch.Tensor:
-    """What openpi's LoRA einsums give for inputs of one weight: (tokens, out), float64."""
+def _runtime_output(rule: Rule, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+    """What the JAX runtime's LoRA einsums give for inputs of one weight: (tokens, out), float64."""
     import torch
 
     if rule.runtime is None:
-        found = [x @ a.T @ b.T for _, b, a in entries(rule.equation.one, factors.a, factors.b)]
-        return factors.scale * torch.cat(found, 1)
+        outputs = [x @ a.T @ b.T for _, b, a in entries(factors.axes, factors.a, factors.b)]
+        return factors.scale * torch.cat(outputs, 1)
     a, b = (torch.from_numpy(factor.astype(np.float64)) for factor in (factors.a, factors.b))
     operands, _ = rule.runtime.split("->")
     labels, weight = operands.split(",")
-    sizes = dict(zip(weight, (*a.shape[:-1], b.shape[-1]), strict=True))
-    first, second = lora_equations(rule.runtime)
+    sizes = dict(zip(weight, (factors.sizes[axis] for axis in factors.axes.equation.left), strict=True))
+    first, second = factors.axes.einsums(rule.runtime)
     middle = torch.einsum(first, x.reshape(1, len(x), *(sizes[label] for label in labels[2:])), a)
     return factors.scale * torch.einsum(second, middle, b).reshape(len(x), -1)
 
 
-def _change_error(layer: Any, equation: Equation, factors: Factors) -> float:
+def _change_error(layer: Any, factors: Factors) -> float:
     """Relative error of what PEFT would add to the weight, some rows at a time."""
     import torch
 
-    axes, output = factor_axes(equation), equation.right[0]
-    a, b = (torch.from_numpy(factor.astype(FLOAT32)) for factor in (factors.a, factors.b))
-    if axes.summed:
-        b = b.sum(axes.summed, keepdim=True)
-    sizes = dict(zip(equation.left, (*factors.a.shape[:-1], factors.b.shape[-1]), strict=True))
+    output, sizes = factors.axes.equation.right[0], factors.sizes
     whole = layer.lora_B["default"].weight
     spread = whole.reshape(*(sizes[axis] for axis in output), -1)
-    before = (slice(None),) * output.index(axes.outer)
-    step = max(1, TILE // a[..., 0].numel())
     gap = norm = 0.0
     try:
-        for start in range(0, sizes[axes.outer], step):
-            tile = slice(start, start + step)
-            rows = spread[(*before, tile)].reshape(-1, whole.shape[1])
-            layer.lora_B["default"].weight = torch.nn.Parameter(rows, requires_grad=False)
-            actual = layer.get_delta_weight("default")
-            wanted = equation.arrange((a @ b[..., tile]).numpy()) * FLOAT32.type(factors.scale)
-            gap = math.hypot(gap, float(torch.linalg.norm(actual - torch.from_numpy(wanted))))
-            norm = math.hypot(norm, float(np.linalg.norm(wanted)))
+        for at, wide_b, wide_a in entries(factors.axes, factors.a, factors.b):
+            b, a = (factors.scale * wide_b).float(), wide_a.float()
+            ours = spread[at].reshape(len(b), -1)
+            step = max(1, TILE // a.shape[1])
+            for start in range(0, len(b), step):
+                rows = slice(start, start + step)
+                layer.lora_B["default"].weight = torch.nn.Parameter(ours[rows], requires_grad=False)
+                actual = layer.get_delta_weight("default")
+                wanted = b[rows] @ a
+                gap = math.hypot(gap, float(torch.linalg.norm(actual - wanted)))
+                norm = math.hypot(norm, float(torch.linalg.norm(wanted)))
     finally:
         layer.lora_B["default"].weight = whole
     return gap / norm if norm else gap

@@ -1,7 +1,7 @@
 """Is it the same policy? Answered with numbers, from the runtimes' own equations.
 
-Every weight that a runtime applies by an einsum is run on random inputs by openpi's equations in
-jax from the source's leaves, and by ``linear`` (and PEFT's formula) in torch from the
+Every weight that a runtime applies by an einsum is run on random inputs by the JAX runtime's
+equations from the source's leaves, and by ``linear`` (and PEFT's formula) in torch from the
 destination's tensors. Every other weight must be equal after the cast. Nothing goes unchecked:
 the count says so. Both sides are streamed, several leaves at once.
 """
@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.assets import read_assets
-from bridge.checkpoint.checkpoint import open_source
-from bridge.checkpoint.match import optional_weights
+from bridge.checkpoint.open import open_source
+from bridge.checkpoint.options import alphas_of
+from bridge.checkpoint.scales import alphas_for
 from bridge.compare.sides import Side, open_side, same_model, walk
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
 from bridge.proof.checks import EPSILON, Check, Checker
+from bridge.proof.full_model import compare_outputs, runnable
+from bridge.proof.options import VerifyOptions
 from bridge.proof.runtimes import runtimes
-from bridge.publish.atomic import RECORD
-from bridge.publish.record import check_record, check_whole, read_record
+from bridge.publish.record import RECORD, check_record, check_whole, read_record
+from bridge.rules.option import complete
+from bridge.stream.workers import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The proof, or what speaks against it."""
 
@@ -38,14 +42,16 @@ class Verdict:
     model: str
     checks: tuple[Check, ...]
     files: Mapping[str, bool] = field(default_factory=dict)
-    """Files and records that were checked -> whether they hold."""
+    """Files and records that were checked -> whether they match."""
     problems: tuple[Problem, ...] = ()
-    """What does not hold, the worst first."""
+    """Failed checks, the worst first."""
     actions: Mapping[str, float] | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
     """Tensors that no runtime uses, and are not compared -> why."""
     scales: tuple[str, ...] = ()
-    """What openpi's LoRA factors were multiplied by, and where that was known from."""
+    """What the runtime multiplies LoRA products by, and where that is known from."""
+    runtime: str = ""
+    """What ran the whole model, if anything did."""
 
     @property
     def holds(self) -> bool:
@@ -78,47 +84,53 @@ def verify(
     src: str | Path,
     dst: str | Path | None = None,
     *,
-    base: str | Path | None = None,
-    lora_alpha: Mapping[str, float] | None = None,
-    rslora: bool = False,
-    rtol: float | None = None,
-    seed: int = 0,
-    workers: int = 2,
-    reference: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[VerifyOptions],
 ) -> Verdict:
-    """Prove that two checkpoints are the same policy, or one that it is as it was written.
+    """Prove that two checkpoints are the same policy, or that one is as it was written.
+
+    Every weight that the runtimes apply by an einsum is run on random inputs, in jax and in torch; all others
+    must be equal after the cast. Both sides are streamed.
 
     Args:
-        src: one state of the policy; alone, it is checked against its own ``bridge.json``.
-        dst: another state of it.
-        base: what an adapter among the two applies to.
-        lora_alpha: alpha by expert, where the source has LoRA of other than stock ranks and no
-            ``bridge.json`` of the destination says it.
-        rslora: the run used rank-stabilised LoRA.
-        rtol: allowed relative difference of a runtime check; from dtypes and sizes by default.
-        seed: of the random inputs; every weight has its own, from its name.
-        workers: leaves checked at once; the numbers do not depend on it.
-        reference: an ``.npz`` of an observation, noise and the actions openpi sampled for it; the
-            destination is run on it by stock transformers (pi0).
+        src (`str` or `Path`): one state of the policy; alone, it is checked against its own ``bridge.json``.
+        dst (`str` or `Path`, *optional*): another state of it.
+        progress (`Callable[[int, int], None]`, *optional*): called with the bytes of weights checked, and
+            their total.
+        **options: the fields of :class:`bridge.VerifyOptions`. An adapter among the two needs ``base``; alphas
+            that are not given are read from the ``bridge.json`` of ``dst`` or ``src``. The numbers depend on
+            ``seed``, and not on ``workers``.
+
+    Returns:
+        `Verdict`: :attr:`Verdict.holds`, and the errors of every weight, in float32 and in bfloat16.
 
     Raises:
         Refusal: one of them cannot be read, or they are not states of one model.
+        TypeError: a keyword is not an option, or a value is of another type.
+
+    Example:
+        >>> import bridge
+        >>> from importlib.resources import files
+        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> alphas = {"paligemma": 8, "expert": 4}
+        >>> result = bridge.convert(sample, "merged", to="torch-merged", lora_alpha=alphas)
+        >>> verdict = bridge.verify(sample, "merged")
+        >>> verdict.holds, verdict.counts
+        (True, {'equal': 64, 'runtime': 42})
     """
+    options = complete(VerifyOptions, options)
     if dst is None:
         return _verify_record(src)
-    alphas, root = alphas_for((dst, src), lora_alpha, rslora)
+    base, reference, given = options["base"], options["reference"], alphas_of(options)
+    alphas, root = alphas_for(map(Location.parse, (dst, src)), given, options["rslora"])
     a, b = open_side(src, base, alphas, root), open_side(dst, base, alphas, root)
     model = same_model(a, b)
-    if reference is not None:
-        from bridge.proof.actions import refuse_unless_runnable
-
-        refuse_unless_runnable(dst, b)
-    checker = Checker(a, b, rtol, seed)
+    full_model = None if reference is None else runnable(dst, b)
+    checker = Checker(a, b, options["rtol"], options["seed"])
     with runtimes() if checker.needs_runtimes else nullcontext():
-        walked = walk(a, b, checker, workers=workers, progress=progress)
+        walked = walk(a, b, checker, workers=options["workers"], progress=progress)
     merged: dict[str, Check] = {}
-    for check in walked.looks:
+    for check in walked.results:
         before = merged.get(check.name)
         merged[check.name] = check if before is None else _worse(before, check)
     problems = [
@@ -131,39 +143,33 @@ def verify(
     for side, read in zip((a, b), walked.read, strict=True):
         for key, checkpoint in side.inputs.checkpoints.items():
             known = {name: checksum for (which, name), checksum in read.items() if which == key}
-            found, trouble = check_record(checkpoint.source, known)
-            files |= found
+            checked, trouble = check_record(checkpoint.source, known)
+            files |= checked
             problems += trouble
-    found, trouble = _asset_checks(a, b)
-    files |= found
+    checked, trouble = _asset_checks(a, b)
+    files |= checked
     problems += trouble
-    actions = None
-    if reference is not None:
-        from bridge.proof.actions import compare_actions
-
-        actions, trouble = compare_actions(dst, base, b, reference)
+    figures = None
+    if reference is not None and full_model is not None:
+        figures, trouble = compare_outputs(full_model, dst, base, b, reference)
         problems += trouble
     return Verdict(
-        str(a.checkpoint.source.location),
-        str(b.checkpoint.source.location),
-        model.name,
-        tuple(merged.values()),
-        files,
-        tuple(problems),
-        actions,
-        {name: why for side in (a, b) for name, why in _unused(side).items()},
-        tuple(dict.fromkeys(_scales(a, recorded=not lora_alpha) + _scales(b, recorded=not lora_alpha))),
+        source=str(a.checkpoint.source.location),
+        destination=str(b.checkpoint.source.location),
+        model=model.name,
+        checks=tuple(merged.values()),
+        files=files,
+        problems=tuple(problems),
+        actions=figures,
+        unused={name: why for side in (a, b) for name, why in _unused(side).items()},
+        scales=tuple(dict.fromkeys(_scales(a, recorded=not given) + _scales(b, recorded=not given))),
+        runtime=full_model.runtime if full_model is not None else "",
     )
 
 
 def _unused(side: Side) -> dict[str, str]:
     """Tensors of a side that stand for no weight of the model."""
-    checkpoint = side.inputs.weights
-    if checkpoint.layout is None:
-        return {}
-    compared = set(checkpoint.stored.values())
-    reasons = optional_weights(checkpoint.model, checkpoint.layout)
-    return {name: reasons[name] for name in checkpoint.source.specs if name not in compared}
+    return side.inputs.weights.unused
 
 
 def _worse(a: Check, b: Check) -> Check:
@@ -193,47 +199,30 @@ def _fix(check: Check) -> str:
 
 
 def _scales(side: Side, *, recorded: bool) -> tuple[str, ...]:
-    found = (side.scales or {}).values()
     return tuple(
         str(replace(scale, origin=f"from {RECORD}") if recorded and scale.origin == "given" else scale)
-        for scale in found
+        for scale in (side.scales or {}).values()
     )
 
 
-def alphas_for(
-    paths: Iterable[str | Path], given: Mapping[str, float] | None, rslora: bool
-) -> tuple[dict[str, float], bool]:
-    """Alphas as given, else as the first ``bridge.json`` beside one of the paths records them."""
-    if given:
-        return dict(given), rslora
-    for path in paths:
-        scales = read_record(Location.parse(path)).get("scales", {})
-        if isinstance(scales, dict) and scales:
-            try:
-                found = {name: float(scale["alpha"]) for name, scale in scales.items()}
-                return found, rslora or any(scale["rslora"] for scale in scales.values())
-            except (KeyError, TypeError, ValueError):
-                continue
-    return {}, rslora
-
-
 def _asset_checks(a: Side, b: Side) -> tuple[dict[str, bool], list[Problem]]:
-    """The norm stats of both sides, byte for byte."""
-    ours, theirs = (read_assets(side.checkpoint.source.root).files for side in (a, b))
-    found, problems = {}, []
-    for name in sorted(ours.keys() | theirs.keys()):
-        same = ours.get(name) == theirs.get(name)
-        found[name] = same
-        if not same:
-            lacking = next((s for s, files in ((a, ours), (b, theirs)) if name not in files), None)
-            where = lacking.checkpoint.source.root if lacking else b.checkpoint.source.root
-            problems.append(
-                Problem(
-                    f"{where / name} {'is missing' if lacking else 'differs'}: the policy would move the robot wrongly",
-                    "copy the assets of the source beside the weights",
-                )
+    """The files that travel with both sides, byte for byte."""
+    assets = b.inputs.weights.family.assets
+    if assets is None:
+        return {}, []
+    ours, theirs = (read_assets(side.checkpoint.source.root, side.checkpoint.family).files for side in (a, b))
+    same = {name: ours.get(name) == theirs.get(name) for name in sorted(ours.keys() | theirs.keys())}
+    problems = []
+    for name in (name for name, equal in same.items() if not equal):
+        lacking = next((s for s, files in ((a, ours), (b, theirs)) if name not in files), None)
+        where = lacking.checkpoint.source.root if lacking else b.checkpoint.source.root
+        problems.append(
+            Problem(
+                f"{where / name} {'is missing' if lacking else 'differs'}: {assets.matters}",
+                "copy the assets of the source beside the weights",
             )
-    return found, problems
+        )
+    return same, problems
 
 
 def _verify_record(path: str | Path) -> Verdict:
@@ -255,8 +244,8 @@ def _verify_record(path: str | Path) -> Verdict:
     if not files:
         problems = [
             Problem(
-                f"{source.root} has no {RECORD} to check it against",
-                "name what it was made from: verify SRC DST",
+                f"{source.root} has no {RECORD} to check",
+                "give a second checkpoint: verify SRC DST",
             )
         ]
     record = read_record(source.root)
@@ -264,11 +253,22 @@ def _verify_record(path: str | Path) -> Verdict:
         inner = _verify_record(Path(str(source.root), where))
         files, problems = {**files, **inner.files}, [*problems, *inner.problems]
     model = str(record.get("model", "unknown"))
-    return Verdict(str(source.location), str(source.location), model, (), files, tuple(problems))
+    return Verdict(
+        source=str(source.location),
+        destination=str(source.location),
+        model=model,
+        checks=(),
+        files=files,
+        problems=tuple(problems),
+    )
 
 
 def _failed(root: Location, problems: Iterable[Problem]) -> Verdict:
-    return Verdict(str(root), str(root), "unknown", (), {str(root / RECORD): False}, tuple(problems))
-
-
-__all__ = ["Check", "Verdict", "alphas_for", "verify"]
+    return Verdict(
+        source=str(root),
+        destination=str(root),
+        model="unknown",
+        checks=(),
+        files={str(root / RECORD): False},
+        problems=tuple(problems),
+    )

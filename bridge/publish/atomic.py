@@ -18,9 +18,8 @@ from pathlib import Path
 
 from bridge.errors import OutputRefused, Problem, system_problem
 from bridge.publish.lock import locked
+from bridge.publish.record import RECORD
 from bridge.publish.rename import ASIDE, exchange, lists, place, sync_directory, sync_tree
-
-RECORD = "bridge.json"
 
 
 def replaceable(path: Path) -> bool:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from bridge.conversion.render import size
 from bridge.errors import Problem
-from bridge.publish.atomic import RECORD, lock_file, replaceable
+from bridge.publish.atomic import lock_file, replaceable
 from bridge.publish.lock import check_lock
+from bridge.publish.record import RECORD
 
 
 def check_apart(destination: Path, source: Path | None) -> list[Problem]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,22 +18,15 @@ from bridge.arrays import raw
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
-from bridge.publish.atomic import RECORD
 from bridge.strict_json import parse_object, shown
 
-if TYPE_CHECKING:
-    from bridge.conversion.job import Plan
-    from bridge.conversion.outputs import Output
-    from bridge.stream.readers import Done
+RECORD = "bridge.json"
 
 #: bytes; 100,000 tensors take 15 MB
 MAX_RECORD = 64 << 20
 #: bytes of a file beside the weights
 MAX_FILE = 128 << 20
 FIX = "convert again; where it stays, report it with the bridge.json"
-
-#: packages whose version can change an output's bytes
-PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
 
 
 def combined(sums: Mapping[str, str]) -> str:
@@ -43,59 +35,13 @@ def combined(sums: Mapping[str, str]) -> str:
     return xxhash.xxh3_128(lines.encode()).hexdigest()
 
 
-def record_text(
-    plan: Plan, output: Output, place: Path, done: Iterable[Done], sums: Mapping[str, str]
-) -> str:
-    """The record of one output of a finished conversion, as JSON; ``place`` holds all else of it."""
-    read = {key: checksum for each in done for key, checksum in each.read.items()}
-    record: dict[str, Any] = {
-        "model": plan.inputs.model.name,
-        "route": [converter.name for converter in plan.route],
-        "state": str(output.state),
-        "loss": plan.loss.name.lower(),
-        "layout": output.layout.name,
-        "dtype": output.dtype,
-        "scales": {
-            name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
-            for name, s in plan.scales.items()
-        },
-        "sizes": {axis: size for axis, size in sorted(plan.inputs.weights.sizes.items()) if axis != "1"},
-        "sources": {
-            key: {
-                "format": checkpoint.source.format,
-                "state": str(checkpoint.state),
-                "value_suffix": checkpoint.value_suffix,
-                "fingerprint": combined({name: sum for (which, name), sum in read.items() if which == key}),
-                "arrays": {
-                    name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[which, name]}
-                    for which, name in sorted(read)
-                    if which == key
-                },
-            }
-            for key, checkpoint in plan.inputs.checkpoints.items()
-        },
-        "checksum": combined(sums),
-        "tensors": {
-            name: {"dtype": spec.dtype.name, "checksum": sums.get(name, "zeros")}
-            for name, spec in output.specs.items()
-        },
-        "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(output.files.items())},
-        "container": sorted(_files_in(place) - output.files.keys()),
-        "outputs": [other.where for other in plan.outputs if other.where and not output.where],
-        "checksums": "xxh3-128 of the values in little-endian C order",
-        "versions": _versions(),
-    }
-    record["record"] = _self_sum(record)
-    return json.dumps(record, indent=2) + "\n"
-
-
-def _self_sum(record: Mapping[str, Any]) -> str:
+def self_checksum(record: Mapping[str, Any]) -> str:
     """Checksum of a record without its own entry."""
     rest = {key: value for key, value in record.items() if key != "record"}
     return xxhash.xxh3_128(json.dumps(rest, indent=2).encode()).hexdigest()
 
 
-def _files_in(place: Path) -> set[str]:
+def files_in(place: Path) -> set[str]:
     """Paths of all that is in an output and is no directory, but for its record and outputs of their own."""
     found = set()
     for root, directories, files in os.walk(place):
@@ -197,10 +143,10 @@ def check_whole(root: Location) -> list[Problem]:
     if root.local is None or not (root / RECORD).is_file():
         return []
     record = read_record(root)
-    if record.get("record") != _self_sum(record) or not _well_formed(record):
+    if record.get("record") != self_checksum(record) or not _well_formed(record):
         return [Problem(f"{root / RECORD} is not what was written", "restore it, or convert again")]
     expected = {*record["files"], *record["container"]}
-    found = _files_in(root.local)
+    found = files_in(root.local)
     problems = [
         Problem(f"{root / name} is missing", "restore it, or convert again")
         for name in sorted(expected - found)
@@ -213,13 +159,3 @@ def check_whole(root: Location) -> list[Problem]:
         if not (root / where / RECORD).is_file():
             problems.append(Problem(f"{root / where / RECORD} is missing", "restore it, or convert again"))
     return problems
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

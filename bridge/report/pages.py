@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from bridge.compare.diff import Comparison, Difference
 from bridge.errors import Problem
-from bridge.proof.verify import Check, Verdict
+from bridge.proof.checks import Check
+from bridge.proof.verify import Verdict
 from bridge.report import figures
 from bridge.report.figures import BFLOAT16, FLOAT32, Scale
 from bridge.report.page import Html, banner, name, page, pairs, panels, row, section, table, tag

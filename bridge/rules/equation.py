@@ -3,10 +3,10 @@ r"""Axis equations: how the axes of a JAX leaf become the axes of PyTorch weight
 ``"layer head width dim -> (head dim) width"`` says everything about ``q_proj``: one weight a
 layer, whose rows are head and dim together and whose columns are width. Left: the leaf's axes
 in order, ``1`` for an axis of size one. Right: the weight's axes, each a name or a group in
-parentheses, output first. An axis on the left alone tells weights apart (a *placeholder*).
+parentheses, output first. An axis on the left alone tells weights apart (a *placeholder*),
+wherever it stands.
 
-An equation moves numbers and never changes one. Export takes the :meth:`Equation.slices` of a
-leaf and :meth:`Equation.arrange`\ s each; :meth:`Equation.restore` is the inverse of arranging.
+An equation moves numbers and never changes any.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Equation:
-    """A checked axis equation. Made by :meth:`parse`."""
+    """A checked axis equation. Made by :meth:`parse`.
+
+    >>> equation = Equation.parse("layer head width dim -> (head dim) width")
+    >>> sizes = {"layer": 2, "head": 3, "width": 5, "dim": 7}
+    >>> equation.placeholders, equation.leaf_shape(sizes), equation.weight_shape(sizes)
+    (('layer',), (2, 3, 5, 7), (21, 5))
+    >>> leaf = np.zeros(equation.leaf_shape(sizes))
+    >>> [(index, equation.arrange(part).shape) for index, part in equation.slices(leaf)]
+    [((0,), (21, 5)), ((1,), (21, 5))]
+    """
 
     left: tuple[str, ...]
     right: tuple[tuple[str, ...], ...]
@@ -105,8 +114,7 @@ class Equation:
     def slices(self, leaf: np.ndarray) -> Iterator[tuple[Index, np.ndarray]]:
         """Yield, for every weight held in ``leaf``, its index and a view of its part of the leaf.
 
-        The view has the axes of :attr:`one`'s left side. Works on factors too: they share the
-        placeholders with the leaf.
+        The view has the axes of :attr:`of_weight`'s left side.
         """
         named = [axis for axis in self.left if axis != UNIT]
         view = leaf.reshape([n for axis, n in zip(self.left, leaf.shape, strict=True) if axis != UNIT])
@@ -117,20 +125,19 @@ class Equation:
             yield index, view[index]
 
     @cached_property
-    def one(self) -> Equation:
-        """The equation of one slice: this one without its placeholders and unit axes."""
+    def of_weight(self) -> Equation:
+        """The equation of one weight: this one without its placeholders and unit axes."""
         kept = tuple(axis for axis in self.left if axis != UNIT and axis not in self.placeholders)
         return Equation(kept, self.right)
 
-    def arrange(self, one: np.ndarray) -> np.ndarray:
-        """The weight of one slice: transpose and reshape. ``one`` has :attr:`one`'s left axes."""
-        axes = self.one.left
-        sizes = dict(zip(axes, one.shape, strict=True))
-        return one.transpose([axes.index(axis) for axis in self.weight_axes]).reshape(
+    def arrange(self, part: np.ndarray) -> np.ndarray:
+        """The weight of one slice of a leaf: transpose and reshape.
+
+        Args:
+            part: with the left axes of :attr:`of_weight`, as :meth:`slices` gives it.
+        """
+        axes = self.of_weight.left
+        sizes = dict(zip(axes, part.shape, strict=True))
+        return part.transpose([axes.index(axis) for axis in self.weight_axes]).reshape(
             self.weight_shape(sizes)
         )
-
-    def restore(self, weight: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The slice of one weight: undoes :meth:`arrange`, given the size of each axis."""
-        spread = weight.reshape([sizes[axis] for axis in self.weight_axes])
-        return spread.transpose([self.weight_axes.index(axis) for axis in self.one.left])

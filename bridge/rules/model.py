@@ -1,16 +1,17 @@
-"""What bridge knows of a model family: its rules, and the facts that shapes do not tell.
+"""One architecture: its rules, and the facts that shapes do not tell.
 
-An adapter is a plugin that declares :class:`Model`\\ s; it does no I/O. A model is found in a
-checkpoint by names alone (:mod:`bridge.checkpoint.match`), its dimensions by shapes (:mod:`bridge.checkpoint.sizes`).
+A model is recognized in a checkpoint by names alone (:mod:`bridge.checkpoint.match`), its dimensions
+by shapes (:mod:`bridge.checkpoint.sizes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
+from bridge.rules.equation import Index
+from bridge.rules.names import NameIndex
 from bridge.rules.rule import Rule
 
 Sizes = Mapping[str, int]
@@ -25,6 +26,11 @@ class Part:
     rules: tuple[Rule, ...]
     stock_alpha: Mapping[int, float] = field(default_factory=dict)
     """LoRA alpha of the stock variants, by rank."""
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """Every axis of its rules, rank axes included."""
+        return frozenset(axis for rule in self.rules for axis in rule.named_axes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Multiple:
     of: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A way to name the same weights: prefixes changed, longest match first."""
 
@@ -54,6 +60,10 @@ class Layout:
     prefixes: tuple[tuple[str, str], ...] = ()
     ties: bool = True
     """Whether a tied weight is stored once (its alias in the header) or under both names."""
+    loading: str = ""
+    """Python that loads an adapter onto its base, ``BASE`` and ``ADAPTER``, for the model card."""
+    needs_base_name: bool = False
+    """Whether its loader finds an adapter's base by ``base_model_name_or_path`` alone."""
 
     def rename(self, weight: str) -> str:
         """The name (or template) ``weight`` has in this layout."""
@@ -63,7 +73,7 @@ class Layout:
         return weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """One architecture of a family."""
 
@@ -79,7 +89,8 @@ class Model:
     """Sizes to assume where shapes and configs do not tell: how rows are split into heads."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Leaves that no rule reads -> the reason."""
-    layouts: tuple[Layout, ...] = (Layout("openpi"),)
+    layouts: tuple[Layout, ...] = (Layout(name="plain"),)
+    """The first is the default."""
 
     def __post_init__(self) -> None:
         for kind, names in (
@@ -90,9 +101,7 @@ class Model:
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"model {self.name}: {kind} declared twice: {', '.join(twice)}")
-        known = {
-            f"{part.name}.{axis}" for part in self.parts for rule in part.rules for axis in axes_of(rule)
-        }
+        known = {f"{part.name}.{axis}" for part in self.parts for axis in part.axes}
         for axis in (*(axis for axes in self.same for axis in axes), *self._multiple_axes()):
             if axis not in known:
                 raise ValueError(f"model {self.name}: no rule has the axis {axis}")
@@ -119,53 +128,80 @@ class Model:
         """The name under which the size of ``axis`` of ``part`` is kept."""
         return self.canonical.get(f"{part}.{axis}", f"{part}.{axis}")
 
-    def local_sizes(self, part: str, sizes: Sizes) -> dict[str, int]:
+    def local_sizes(self, part: Part, sizes: Sizes) -> dict[str, int]:
         """The sizes that the rules of ``part`` speak of, by their own axis names."""
-        axes = {axis for p in self.parts if p.name == part for rule in p.rules for axis in axes_of(rule)}
-        return {axis: sizes[q] for axis in axes if (q := self.qualified(part, axis)) in sizes}
+        return {axis: sizes[q] for axis in part.axes if (q := self.qualified(part.name, axis)) in sizes}
+
+    def bind(self, sizes: Sizes) -> Iterator[Bound]:
+        """Every rule with its sizes, once for each leaf it stands for.
+
+        Args:
+            sizes: of the placeholders at least; rules that lack some are left out.
+        """
+        for part, rule in self.leaves(sizes):
+            local = self.local_sizes(part, sizes)
+            if all(axis in local for axis in rule.equation.placeholders):
+                yield Bound(part, rule, local)
+
+    def leaves(self, sizes: Sizes) -> Iterator[tuple[Part, Rule]]:
+        """Every rule, once for each leaf it stands for.
+
+        Args:
+            sizes: of the placeholders of paths at least; rules that lack some are left out.
+        """
+        for part in self.parts:
+            local = self.local_sizes(part, sizes)
+            for rule in part.rules:
+                if all(axis in local for axis in rule.path.axes):
+                    yield from ((part, each) for each in rule.bind(local))
+
+    @cached_property
+    def weight_index(self) -> NameIndex[tuple[Part, Rule]]:
+        """What a weight's name stands for."""
+        return NameIndex({rule.template: (part, rule) for part in self.parts for rule in part.rules})
+
+    def optional(self, layout: Layout) -> dict[str, str]:
+        """Names that may be there and are read by no rule -> why."""
+        aliases = {
+            layout.rename(alias): f"the same tensor as {layout.rename(of)}" for alias, of in self.tied.items()
+        }
+        return aliases | {layout.rename(unused.weight): unused.reason for unused in self.unused}
 
     def layout(self, name: str) -> Layout | None:
         return next((layout for layout in self.layouts if layout.name == name), None)
 
 
-def axes_of(rule: Rule) -> tuple[str, ...]:
-    """Every named axis of a rule, its rank axis included."""
-    named = tuple(axis for axis in rule.equation.left if axis.isidentifier())
-    return (*named, rule.lora.rank) if rule.lora else named
-
-
 @dataclass(frozen=True)
-class Facts:
-    """What the files beside the weights are made from."""
+class Bound:
+    """One leaf of a model whose sizes are known, with the weights it becomes."""
 
-    model: Model
-    sizes: Sizes
-    layout: Layout
-    holds: str
-    """``"base"`` for weights, ``"lora"`` for an adapter."""
-    dtype: str
-    """dtype of most weights."""
-    settings: Mapping[str, Any]
-    """Facts that only the user knows, by name."""
-    assets: Mapping[str, bytes]
-    """Files that travel with the checkpoint, by path."""
+    part: Part
+    rule: Rule
+    """Without placeholders in the leaf's path."""
+    sizes: Mapping[str, int]
+    """By the rule's own axis names: of the placeholders at least."""
 
+    @cached_property
+    def names(self) -> dict[Index, str]:
+        """Name of each weight, by its index."""
+        return dict(self.rule.weights(self.sizes))
 
-@dataclass(frozen=True)
-class Companions:
-    """Files that loaders of the PyTorch model want beside the weights, and what to say of them."""
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        return self.rule.equation.leaf_shape(self.sizes)
 
-    files: Mapping[str, bytes]
-    notes: tuple[str, ...] = ()
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of each weight."""
+        return self.rule.equation.weight_shape(self.sizes)
 
+    def flat(self, shape: tuple[int, ...]) -> Bound:
+        """The same leaf with the axes of its weights as one each: see :attr:`Rule.flat`.
 
-@dataclass(frozen=True)
-class Adapter:
-    """A plugin: what bridge knows of one model family. Registered as ``bridge.adapters``."""
-
-    name: str
-    models: tuple[Model, ...]
-    companions: Callable[[Facts], Companions] | None = None
-    """Makes ``config.json`` and the like. Pure: bridge writes the files."""
-    known_sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
-    """Reads sizes, by qualified axis, from a ``config.json`` found beside PyTorch weights."""
+        Args:
+            shape: of one weight.
+        """
+        rule = self.rule.flat
+        groups = dict(zip((group[0] for group in rule.equation.right), shape, strict=True))
+        placeholders = {axis: self.sizes[axis] for axis in rule.equation.placeholders}
+        return Bound(self.part, rule, {**placeholders, **groups})

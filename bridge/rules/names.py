@@ -1,7 +1,8 @@
-"""Names of PyTorch weights, with placeholders, and how a list of names is shortened for people.
+"""Names with placeholders: paths of leaves and names of weights, and how lists of them are shortened.
 
 A template such as ``"model.layers.{layer}.self_attn.{kv:k_proj|v_proj}.weight"`` names one weight
-for each index. A placeholder is a whole dotted segment: a number, or one of the choices given.
+for each index. A placeholder is a number, or one of the words given. In a weight's name it is a
+whole dotted segment; in a leaf's path it may follow text, as in ``"layer_{layer}/attn/q_einsum/w"``.
 """
 
 from __future__ import annotations
@@ -10,33 +11,62 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
 
 Skeleton = tuple[str | None, ...]
 """A name by its dotted segments, ``None`` where a number stands."""
 
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::([\w|]+))?\}")
+Form = tuple[str | tuple[str], ...]
+"""A name by its segments; where a number is left open, the text before it in a tuple of its own."""
+
+_PLACEHOLDER = re.compile(r"([^{}]*)\{(\w+)(?::([\w|]+))?\}")
+# "007" is not how a layer is named: reading it as 7 would make two names the same
+_NUMBER = r"(?:0|[1-9][0-9]{0,8})"
+_NUMBERED = re.compile(rf"(|.*\D)({_NUMBER})")
+#: segments of a known name that may end in a number
+MAX_NUMBERS = 6
+#: a number that is a whole segment, or ends one after an underscore
+_NUMBERS = re.compile(rf"(?:(?<![^./])|(?<=_)){_NUMBER}(?![^./])")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One dotted segment: literal ``text``, or the placeholder ``axis`` (with its choices)."""
+    """One segment: literal ``text``, or the placeholder ``axis`` after it (with its choices)."""
 
     text: str
     axis: str | None = None
     choices: tuple[str, ...] = ()
 
+    def format(self, at: Mapping[str, int]) -> str:
+        """The segment where its axis is at an index; as it stands where the index is not given."""
+        if self.axis is None:
+            return self.text
+        if self.axis not in at:
+            return f"{self.text}{{{self.axis}{':' if self.choices else ''}{'|'.join(self.choices)}}}"
+        return self.text + (self.choices[at[self.axis]] if self.choices else str(at[self.axis]))
+
 
 @dataclass(frozen=True)
 class Template:
-    """A weight's name with placeholders."""
+    """A name with placeholders.
+
+    >>> template = Template("layers.{layer}.{kv:k_proj|v_proj}.weight")
+    >>> template.axes, template.format({"layer": 3, "kv": 1})
+    (('layer', 'kv'), 'layers.3.v_proj.weight')
+    >>> Template("layer_{layer}/mlp/linear", "/").format({"layer": 3})
+    'layer_3/mlp/linear'
+    """
 
     text: str
+    separator: str = "."
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        return tuple(_segment(part, self.text) for part in self.text.split("."))
+        return tuple(_segment(part, self) for part in self.text.split(self.separator))
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -49,30 +79,18 @@ class Template:
         return {s.axis: s.choices for s in self.segments if s.axis and s.choices}
 
     def format(self, at: Mapping[str, int]) -> str:
-        """The name at one index, given by axis."""
-        return ".".join(
-            segment.text
-            if segment.axis is None
-            else segment.choices[at[segment.axis]]
-            if segment.choices
-            else str(at[segment.axis])
-            for segment in self.segments
-        )
+        """The name at an index, given by axis; placeholders whose axis is not given stay."""
+        return self.separator.join(segment.format(at) for segment in self.segments)
 
-    def skeletons(self) -> Iterator[tuple[Skeleton, dict[str, int]]]:
-        """Each form the name can take with its numbers left open, and the choices it stands for.
-
-        Looking a name's own :func:`skeleton` up among these reads it back without a search.
-        """
+    def forms(self) -> Iterator[tuple[Form, dict[str, int]]]:
+        """Each form the name can take with its numbers left open, and the choices it stands for."""
         for picks in itertools.product(*(range(len(words)) for words in self.choices.values())):
             chosen = dict(zip(self.choices, picks, strict=True))
             yield (
                 tuple(
-                    segment.text
-                    if segment.axis is None
-                    else segment.choices[chosen[segment.axis]]
-                    if segment.choices
-                    else None
+                    (segment.text,)
+                    if segment.axis is not None and not segment.choices
+                    else segment.format(chosen)
                     for segment in self.segments
                 ),
                 chosen,
@@ -80,38 +98,89 @@ class Template:
 
     @cached_property
     def numbered(self) -> tuple[str, ...]:
-        """The axes whose segment is a number, in the order in which they stand in the name."""
+        """The axes whose placeholder is a number, in the order in which they stand in the name."""
         return tuple(s.axis for s in self.segments if s.axis and not s.choices)
 
 
-def _segment(part: str, template: str) -> Segment:
+def _segment(part: str, template: Template) -> Segment:
     match = _PLACEHOLDER.fullmatch(part)
     if match is None:
         if "{" in part or "}" in part:
-            raise ValueError(f"weight name {template!r}: a placeholder must be a whole segment")
+            raise ValueError(f"name {template.text!r}: a placeholder must end its segment")
         return Segment(part)
-    axis, choices = match.groups()
-    return Segment("", axis, tuple(choices.split("|")) if choices else ())
+    text, axis, choices = match.groups()
+    if text and template.separator == ".":
+        raise ValueError(f"weight name {template.text!r}: a placeholder must be a whole segment")
+    return Segment(text, axis, tuple(choices.split("|")) if choices else ())
+
+
+@dataclass(frozen=True)
+class NameIndex(Generic[V]):
+    """Templates by the names they stand for, so that a name is read back without a search.
+
+    >>> index = NameIndex({Template("layers.{layer}.weight"): "a layer", Template("norm.weight"): "the norm"})
+    >>> index.find("layers.12.weight"), index.find("bias")
+    (('a layer', {'layer': 12}), None)
+    """
+
+    templates: Mapping[Template, V]
+    separator: str = "."
+    _by_form: dict[Form, tuple[Template, V, dict[str, int]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for template, value in self.templates.items():
+            for form, chosen in template.forms():
+                self._by_form[form] = template, value, chosen
+
+    def find(self, name: str) -> tuple[V, dict[str, int]] | None:
+        """What a name stands for, and its index by axis."""
+        form = self.form_of(name)
+        if form is None:
+            return None
+        template, value, chosen = self._by_form[form]
+        opened = (
+            part for part, kind in zip(name.split(self.separator), form, strict=True) if type(kind) is tuple
+        )
+        numbers = (int(match[2]) for part in opened if (match := _NUMBERED.fullmatch(part)))
+        return value, {**chosen, **dict(zip(template.numbered, numbers, strict=True))}
+
+    def form_of(self, name: str) -> Form | None:
+        """The form under which a name is known: equal for names that differ in their numbers alone."""
+        parts = name.split(self.separator)
+        ways: list[tuple[str | tuple[str], ...]] = []
+        for part in parts:
+            match = _NUMBERED.fullmatch(part)
+            opens = match is not None and (not match[1] or self.separator == "/")
+            ways.append((part, (match[1],)) if match is not None and opens else (part,))
+        # few segments end in a number; of two templates, the more literal comes first
+        if sum(len(way) > 1 for way in ways) > MAX_NUMBERS:
+            return None
+        return next((form for form in itertools.product(*ways) if form in self._by_form), None)
 
 
 def skeleton(name: str) -> tuple[Skeleton, tuple[int, ...]]:
-    """``name`` by segments, its all-digit segments left open, and those numbers in order."""
+    """``name`` by dotted segments, its all-digit segments left open, and those numbers in order."""
     parts = name.split(".")
     numbers = tuple(int(part) for part in parts if _is_number(part))
     return tuple(None if _is_number(part) else part for part in parts), numbers
 
 
 def _is_number(part: str) -> bool:
-    # "007" is not how a layer is named: reading it as 7 would make two names one.
-    return part.isascii() and part.isdigit() and len(part) < 10 and (part == "0" or part[0] != "0")
+    return re.fullmatch(_NUMBER, part) is not None
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Shorten names that differ in their numbers alone: ``layers.{0..17}.mlp.up_proj.weight``."""
-    families: dict[Skeleton, dict[tuple[int, ...], None]] = {}
+    """Shorten names that differ in their numbers alone.
+
+    >>> grouped(f"layers.{n}.mlp.{part}_proj.weight" for n in range(18) for part in ("up", "down"))
+    ['layers.{0..17}.mlp.up_proj.weight', 'layers.{0..17}.mlp.down_proj.weight']
+    >>> grouped(["layer_0/attn/w", "layer_2/attn/w"])
+    ['layer_{0,2}/attn/w']
+    """
+    families: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
-        key, numbers = skeleton(name)
-        families.setdefault(key, {})[numbers] = None
+        key = tuple(_NUMBERS.split(name))
+        families.setdefault(key, {})[tuple(map(int, _NUMBERS.findall(name)))] = None
     lines: list[str] = []
     for key, members in families.items():
         columns = [sorted(set(column)) for column in zip(*members, strict=True)]
@@ -122,15 +191,14 @@ def grouped(names: Iterable[str]) -> list[str]:
     return lines
 
 
-def _fill(key: Skeleton, numbers: list[str]) -> str:
-    rest = iter(numbers)
-    return ".".join(next(rest) if part is None else part for part in key)
+def _fill(key: tuple[str, ...], numbers: list[str]) -> str:
+    return "".join(text + number for text, number in itertools.zip_longest(key, numbers, fillvalue=""))
 
 
 def _range(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    # they are sorted and no two alike
+    # sorted, and no two alike
     if numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return "{" + ",".join(map(str, numbers)) + "}"

@@ -7,61 +7,56 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bridge.lora.algebra import FactorAxes, factor_axes
 from bridge.rules.equation import Equation, Index
+from bridge.rules.factoring import FactorAxes, Factoring
 from bridge.rules.names import Template
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Where a leaf's LoRA factors are stored, and whether the runtime scales their product.
-
-    ``leaf`` is the ending of the leaf's path that ``a`` and ``b`` take the place of.
-    """
-
-    leaf: str
-    a: str
-    b: str
-    rank: str
-    """Name of the rank axis: factors that name the same one, in one part, have one rank."""
-    scaled: bool
-    """Whether the product is multiplied by alpha / rank at run time."""
 
 
 @dataclass(frozen=True)
 class Rule:
     """One axis equation: ``leaf`` (path in the pytree) becomes ``weight`` (state_dict names).
 
-    Checked when declared: the equation itself, that exactly its placeholders stand in the
+    A placeholder in the weight's name is an axis on the equation's left alone (layers stacked in the
+    leaf), or one of the leaf's own path (a leaf for each layer).
+
+    Checked when declared: the equation itself, that its placeholders and the path's stand in the
     weight's name, and, with ``lora``, that the leaf can carry factors.
 
     Raises:
         ValueError: the declaration contradicts itself.
+
+    >>> stacked = Rule("layers/q/w", "layers.{layer}.q.weight", "layer head width dim -> (head dim) width")
+    >>> dict(stacked.weights({"layer": 2}))
+    {(0,): 'layers.0.q.weight', (1,): 'layers.1.q.weight'}
+    >>> apart = Rule("layer_{layer}/q/w", "layers.{layer}.q.weight", "head width dim -> (head dim) width")
+    >>> [(rule.leaf, dict(rule.weights({}))) for rule in apart.bind({"layer": 2})]
+    [('layer_0/q/w', {(): 'layers.0.q.weight'}), ('layer_1/q/w', {(): 'layers.1.q.weight'})]
     """
 
     leaf: str
     weight: str
     axes: str
-    lora: Factors | None = None
+    lora: Factoring | None = None
     runtime: str | None = None
-    """The einsum by which openpi's JAX code applies one weight to an input, if it is one. A fact from
-    its source, not from the axes above: `verify` holds the two against each other."""
-    hold: str | None = None
-    """dtype that the runtime holds this weight in whatever the policy's precision, if any."""
+    """The einsum by which the JAX runtime applies one weight to an input, if it is one. A fact from its
+    source, not from the axes above: verification compares the two."""
+    dtype: str | None = None
+    """dtype in which the runtime keeps this weight whatever the model's precision, if any."""
 
     def __post_init__(self) -> None:
-        placeholders, named = self.equation.placeholders, self.template.axes
-        if len(set(named)) != len(named) or set(placeholders) != set(named):
+        placeholders, named = (*self.path.axes, *self.equation.placeholders), self.template.axes
+        if len(set(named)) != len(named) or sorted(placeholders) != sorted(named):
             raise ValueError(
                 f"rule for {self.leaf}: {self.weight!r} has placeholders {sorted(named)}, "
-                f"'{self.axes}' needs {sorted(placeholders)}"
+                f"'{self.axes}' and the path need {sorted(placeholders)}"
             )
+        if self.path.choices:
+            raise ValueError(f"rule for {self.leaf}: a placeholder of a path is a number")
         if self.lora is not None:
-            if not self.leaf.endswith(self.lora.leaf):
-                raise ValueError(f"rule for {self.leaf}: factors replace {self.lora.leaf!r}, which it lacks")
+            self.lora.paths(self.leaf)
             if self.lora.rank in self.equation.left:
                 raise ValueError(f"rule for {self.leaf}: {self.lora.rank!r} is an axis of the leaf itself")
-            factor_axes(self.equation)
+            self.lora.of(self.equation)
 
     @cached_property
     def flat(self) -> Rule:
@@ -70,7 +65,7 @@ class Rule:
         Reading a tensor by its flat rule needs no head or head_dim, which no tensor's shape has.
         """
         groups = tuple("_".join(group) for group in self.equation.right)
-        # LoRA factors the last two axes, input first
+        # input first, which every factoring accepts
         order = groups[::-1] if self.lora is not None else groups
         left = (*self.equation.placeholders, *order)
         return replace(self, axes=f"{' '.join(left)} -> {' '.join(groups)}")
@@ -81,25 +76,49 @@ class Rule:
 
     @cached_property
     def template(self) -> Template:
+        """The weight's name."""
         return Template(self.weight)
 
     @cached_property
+    def path(self) -> Template:
+        """The leaf's path."""
+        return Template(self.leaf, "/")
+
+    @cached_property
     def factor_axes(self) -> FactorAxes:
-        return factor_axes(self.equation)
+        """The axes of both factors, for a leaf that can have them."""
+        assert self.lora is not None
+        return self.lora.of(self.equation)
 
     @cached_property
     def factor_leaves(self) -> tuple[str, str] | None:
-        """Paths of ``lora_a`` and ``lora_b``, for a leaf that can have them."""
-        if self.lora is None:
-            return None
-        stem = self.leaf.removesuffix(self.lora.leaf) if self.lora.leaf else self.leaf
-        return stem + self.lora.a, stem + self.lora.b
+        """Paths of both factors, for a leaf that can have them."""
+        return None if self.lora is None else self.lora.paths(self.leaf)
 
-    def weights(self, sizes: Mapping[str, int]) -> Iterator[tuple[Index, str]]:
-        """Every weight: its index, in the order of the leaf's axes, and its name.
+    @cached_property
+    def named_axes(self) -> tuple[str, ...]:
+        """Every axis whose size a model knows: of the leaf, of its path, and the rank's."""
+        own = (*self.path.axes, *(axis for axis in self.equation.left if axis.isidentifier()))
+        return (*own, self.lora.rank) if self.lora else own
+
+    def bind(self, sizes: Mapping[str, int]) -> Iterator[Rule]:
+        """This rule for each leaf that its path stands for.
 
         Args:
-            sizes: of the placeholders at least.
+            sizes: of the path's placeholders at least.
+        """
+        if not self.path.axes:
+            yield self
+            return
+        for numbers in itertools.product(*(range(sizes[axis]) for axis in self.path.axes)):
+            at = dict(zip(self.path.axes, numbers, strict=True))
+            yield replace(self, leaf=self.path.format(at), weight=self.template.format(at))
+
+    def weights(self, sizes: Mapping[str, int]) -> Iterator[tuple[Index, str]]:
+        """Every weight of one leaf: its index, in the order of the leaf's axes, and its name.
+
+        Args:
+            sizes: of the equation's placeholders at least.
         """
         placeholders = self.equation.placeholders
         for index in itertools.product(*(range(sizes[axis]) for axis in placeholders)):

@@ -1,9 +1,9 @@
-"""How one rule's weights are read, whatever the container they lie in.
+"""How the weights and factors of one leaf are read, whatever the container they lie in.
 
-Every converter works on the same thing, a *region*: a box of one weight, in the leaf's own axes,
-as much as a slab of the container holds of it. Containers differ only in the readers here and the
-writers of :mod:`bridge.stream.writers`. Readers hold no data and can be pickled. Who needs weights whole
-asks for :func:`pieces`.
+Every converter works on a *region*: a box of one weight, in the leaf's own axes, as much as a slab
+of the container carries of it. Containers differ only in the readers here and the writers of
+:mod:`bridge.stream.writers`. Readers hold no data and can be pickled. Who needs weights whole asks
+for :func:`pieces`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import xxhash
 
-from bridge.arrays import box, raw
+from bridge.arrays import Spec, box, raw
 from bridge.errors import Problem
 from bridge.formats.contract import Source, Spent
+from bridge.lora.factors import Factors, LowRank, Matrices
 from bridge.rules.equation import UNIT, Index
 from bridge.rules.rule import Rule
 
 Tick = Callable[[int], None]
-"""Called with the number of source bytes (uncompressed) dealt with since the last call."""
+"""Called with the number of source bytes (uncompressed) processed since the last call."""
 
 Sources = Mapping[str, Source]
 """The sources of a plan: ``"source"``, and ``"base"`` where one is given."""
 
 Read = tuple[str, str]
 """An array that is read: which source, and its name there."""
+
+
+Label = tuple[str, Index | None]
+"""Name of an array, and which weight of it where the name does not tell."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +60,9 @@ class Piece:
     w: np.ndarray
 
 
-@dataclass(frozen=True)
-class Factors:
-    """LoRA factors of one weight, in the leaf's axes, and the factor of their product."""
-
-    a: np.ndarray
-    """(…shared, inner, rank)"""
-    b: np.ndarray
-    """(…shared, rank, outer)"""
-    scale: float
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """LoRA factors of one weight as PEFT holds them, and the scale of their product."""
-
-    a: np.ndarray
-    """(rank, in)"""
-    b: np.ndarray
-    """(out, rank)"""
-    scale: float
-
-
 @dataclass
 class Done:
-    """What a step found while it ran."""
+    """What a step read and wrote, and what was wrong with it."""
 
     read: dict[Read, str] = field(default_factory=dict)
     """Checksum of every array read."""
@@ -86,6 +70,63 @@ class Done:
     """Checksum of every tensor written, by name."""
     problems: list[Problem] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
+
+
+class WeightsReader(Protocol):
+    """Reads the weights of one leaf."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Every array it reads."""
+        ...
+
+    def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
+        """Every weight, a box at a time, as the container stores them."""
+        ...
+
+    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
+        """Length of every axis of the rule."""
+        ...
+
+    def names(self, rule: Rule) -> tuple[str, ...]:
+        """What the plan shows that they are read from: the leaf's path, or tensors."""
+        ...
+
+    def spec(self, leaf: Spec, sources: Sources) -> Spec:
+        """What the plan shows of them: the leaf's spec, or that of a tensor."""
+        ...
+
+
+class FactorReader(Protocol):
+    """Reads the LoRA factors of one leaf's weights."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Every array it reads."""
+        ...
+
+    @property
+    def scale(self) -> float | None:
+        """What the runtime multiplies the products by, where it is one number for all of them."""
+        ...
+
+    def open(
+        self, rule: Rule, sources: Sources, done: Done, tick: Tick | None
+    ) -> Callable[[Index], LowRank | None]:
+        """Prepare to read; the result gives the change of one weight, None where it has none."""
+        ...
+
+    def labels(self, rule: Rule, index: Index) -> tuple[Label, Label]:
+        """Where both factors of a weight lie, for messages."""
+        ...
+
+    def rank(self, index: Index, sources: Sources) -> int:
+        """Rank of a weight's factors, by their shapes; 0 where it has none."""
+        ...
+
+    def memory(self, sources: Sources) -> int:
+        """Bytes that stay in memory while it is open."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,19 +147,23 @@ class LeafWeights:
         for at, values in source.slabs(self.name, None, done.spent):
             digest.update(raw(values))
             named = {axis: n for axis, n in zip(equation.left, at, strict=True) if axis != UNIT}
-            inside = tuple(named[axis] for axis in equation.one.left)
-            for index, one in equation.slices(values):
+            inside = tuple(named[axis] for axis in equation.of_weight.left)
+            for index, part in equation.slices(values):
                 numbers = zip(index, equation.placeholders, strict=True)
-                yield Region(tuple(n + named[axis] for n, axis in numbers), inside, one)
+                yield Region(tuple(n + named[axis] for n, axis in numbers), inside, part)
             if tick is not None:
                 tick(values.nbytes)
         done.read[self.reads[0]] = digest.hexdigest()
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
-        """Every weight whole, or in runs of rows: see :func:`pieces`."""
+    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
         shape = sources[self.source].specs[self.name].shape
-        sizes = dict(zip(rule.equation.left, shape, strict=True))
-        return pieces(self, rule, sizes, sources, done, tick)
+        return dict(zip(rule.equation.left, shape, strict=True))
+
+    def names(self, rule: Rule) -> tuple[str, ...]:
+        return (rule.leaf,)
+
+    def spec(self, leaf: Spec, sources: Sources) -> Spec:
+        return leaf
 
 
 @dataclass(frozen=True)
@@ -126,9 +171,11 @@ class TensorWeights:
     """Weights that lie in a state_dict, each a tensor of its own."""
 
     tensors: Mapping[Index, Read]
-    sizes: Mapping[str, int]
+    lengths: Mapping[str, int]
     twins: Mapping[Index, Read] = field(default_factory=dict)
     """Tensors that must equal these: a tied weight that was stored under both its names."""
+    runtime: str = ""
+    """Whose model ties them, for messages."""
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -148,9 +195,9 @@ class TensorWeights:
             if done.read[twin] != done.read[self.tensors[index]]:
                 done.problems.append(
                     Problem(
-                        f"{sources[twin[0]].location}: {twin[1]} and {self.tensors[index][1]} are one tensor in "
-                        "openpi, and differ here",
-                        "training untied them: save the checkpoint with the one that is used under both names",
+                        f"{sources[twin[0]].location}: {twin[1]} and {self.tensors[index][1]} are tied in "
+                        f"{self.runtime} but differ in this checkpoint",
+                        "training untied them: save the checkpoint with the tensor that is used under both names",
                     )
                 )
 
@@ -158,11 +205,11 @@ class TensorWeights:
         self, index: Index, rule: Rule, sources: Sources, done: Done, tick: Tick | None
     ) -> Iterator[Region]:
         """One weight, from its tensor."""
-        read, one = self.tensors[index], rule.equation.one
-        order = [one.weight_axes.index(axis) for axis in one.left]
+        read, equation = self.tensors[index], rule.equation.of_weight
+        order = [equation.weight_axes.index(axis) for axis in equation.left]
         digest = xxhash.xxh3_128()
         for at, values in sources[read[0]].slabs(
-            read[1], tuple(self.sizes[a] for a in one.weight_axes), done.spent
+            read[1], tuple(self.lengths[axis] for axis in equation.weight_axes), done.spent
         ):
             digest.update(raw(values))
             yield Region(index, tuple(at[axis] for axis in order), values.transpose(order))
@@ -170,18 +217,24 @@ class TensorWeights:
                 tick(values.nbytes)
         done.read[read] = digest.hexdigest()
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
-        """Every weight whole, or in runs of rows: see :func:`pieces`."""
-        return pieces(self, rule, self.sizes, sources, done, tick)
+    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
+        return self.lengths
+
+    def names(self, rule: Rule) -> tuple[str, ...]:
+        return tuple(name for _, name in self.reads)
+
+    def spec(self, leaf: Spec, sources: Sources) -> Spec:
+        source, name = self.reads[0]
+        return sources[source].specs[name]
 
 
 @dataclass(frozen=True)
 class ReplacedWeights:
     """Weights of which some are taken from elsewhere, each a tensor of its own."""
 
-    weights: LeafWeights | TensorWeights
+    weights: WeightsReader
     own: Mapping[Index, Read]
-    sizes: Mapping[str, int]
+    lengths: Mapping[str, int]
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -194,7 +247,7 @@ class ReplacedWeights:
 
     def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
         """Every weight, from where it is taken."""
-        own = TensorWeights(self.own, self.sizes)
+        own = TensorWeights(self.own, self.lengths)
         if not self.rule_has_more:
             yield from own.regions(rule, sources, done, tick)
             return
@@ -206,9 +259,15 @@ class ReplacedWeights:
                 taken.add(region.index)
                 yield from own.regions_of(region.index, rule, sources, done, tick)
 
-    def pieces(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Piece]:
-        """Every weight whole, or in runs of rows: see :func:`pieces`."""
-        return pieces(self, rule, self.sizes, sources, done, tick)
+    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
+        return self.lengths
+
+    def names(self, rule: Rule) -> tuple[str, ...]:
+        return tuple(name for _, name in self.reads)
+
+    def spec(self, leaf: Spec, sources: Sources) -> Spec:
+        source, name = self.reads[0]
+        return sources[source].specs[name]
 
 
 @dataclass(frozen=True)
@@ -226,10 +285,24 @@ class LeafFactors:
 
     def open(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Callable[[Index], Factors]:
         """Read both leaves; the result gives the factors of one weight."""
-        a, b = (
-            dict(rule.equation.slices(whole(sources[self.source], read, done, tick))) for read in self.reads
-        )
-        return lambda index: Factors(a[index], b[index], self.scale)
+        a, b = (whole(sources[self.source], read, done, tick) for read in self.reads)
+        axes = rule.factor_axes
+        parts = {
+            index: Factors(axes.of_weight, part_a, part_b, self.scale)
+            for index, part_a, part_b in axes.slices(a, b)
+        }
+        return parts.__getitem__
+
+    def labels(self, rule: Rule, index: Index) -> tuple[Label, Label]:
+        assert rule.factor_leaves is not None
+        a, b = rule.factor_leaves
+        return (a, index), (b, index)
+
+    def rank(self, index: Index, sources: Sources) -> int:
+        raise NotImplementedError("leaves are not joined into leaves")
+
+    def memory(self, sources: Sources) -> int:
+        return sum(sources[source].specs[name].nbytes for source, name in self.reads)
 
 
 @dataclass(frozen=True)
@@ -242,36 +315,50 @@ class ModuleFactors:
     def reads(self) -> tuple[Read, ...]:
         return tuple(read for a, b, _ in self.modules.values() for read in (a, b))
 
-    def matrices(self, index: Index, sources: Sources, done: Done, tick: Tick | None) -> Matrices | None:
-        """Read the factors of one weight as they are, or give None where it has none."""
+    @property
+    def scale(self) -> float | None:
+        return None
+
+    def open(
+        self, rule: Rule, sources: Sources, done: Done, tick: Tick | None
+    ) -> Callable[[Index], Matrices | None]:
+        """Nothing is read yet; the result reads the factors of one weight as they are."""
+
+        def read(index: Index) -> Matrices | None:
+            if index not in self.modules:
+                return None
+            a, b, scale = self.modules[index]
+            matrix_a, matrix_b = (whole(sources[read[0]], read, done, tick) for read in (a, b))
+            return Matrices(matrix_a, matrix_b, scale)
+
+        return read
+
+    def labels(self, rule: Rule, index: Index) -> tuple[Label, Label]:
+        (_, a), (_, b), _ = self.modules[index]
+        return (a, None), (b, None)
+
+    def rank(self, index: Index, sources: Sources) -> int:
         if index not in self.modules:
-            return None
-        a, b, scale = self.modules[index]
-        matrix_a, matrix_b = (whole(sources[read[0]], read, done, tick) for read in (a, b))
-        return Matrices(matrix_a, matrix_b, scale)
+            return 0
+        source, name = self.modules[index][0]
+        return sources[source].specs[name].shape[0]
 
-
-Weights = LeafWeights | TensorWeights | ReplacedWeights
-FactorReader = LeafFactors | ModuleFactors
+    def memory(self, sources: Sources) -> int:
+        return 0  # a pair at a time
 
 
 def pieces(
-    weights: Weights,
-    rule: Rule,
-    sizes: Mapping[str, int],
-    sources: Sources,
-    done: Done,
-    tick: Tick | None,
+    weights: WeightsReader, rule: Rule, sources: Sources, done: Done, tick: Tick | None
 ) -> Iterator[Piece]:
-    """Weights put together from their regions: whole, or in runs of whole rows where a leaf is one
+    """Weights put together from their regions: whole, or in runs of whole rows where a leaf is a single
     weight that streams (an embedding). A piece is valid until the next.
 
     Its axes lie in memory in the order in which they are stored, so that putting it together
     transposes nothing.
     """
     equation = rule.equation
-    one = equation.one
-    full = tuple(sizes[axis] for axis in one.left)
+    sizes = weights.sizes(rule, sources)
+    full = tuple(sizes[axis] for axis in equation.of_weight.left)
     in_rows = equation.streams and not equation.placeholders
     building: dict[Index, tuple[np.ndarray, list[int]]] = {}
     spare: list[np.ndarray] = []
@@ -282,15 +369,15 @@ def pieces(
             continue
         if region.index not in building:
             fits = spare.pop() if spare and spare[-1].dtype == region.w.dtype else None
-            whole_one = _empty_like(region.w, full) if fits is None else fits
-            building[region.index] = (whole_one, [math.prod(full)])
-        whole_one, left = building[region.index]
-        whole_one[box(region.at, shape)] = region.w
+            weight = _empty_like(region.w, full) if fits is None else fits
+            building[region.index] = (weight, [math.prod(full)])
+        weight, left = building[region.index]
+        weight[box(region.at, shape)] = region.w
         left[0] -= region.w.size
         if not left[0]:
             del building[region.index]
-            yield Piece(region.index, 0, whole_one)
-            spare.append(whole_one)
+            yield Piece(region.index, 0, weight)
+            spare.append(weight)
 
 
 def _empty_like(w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bridge.arrays import FLOAT32, all_finite
+from bridge.arrays import FLOAT32, all_finite, axes_by_stride
+from bridge.lora.factors import Spread
 
 #: elements of a tile: its float32 form takes a megabyte, which a core's second-level cache holds
 TILE = 1 << 18
@@ -26,25 +27,17 @@ _PAD = 8
 
 @dataclass(frozen=True)
 class Product:
-    """A low-rank change of a matrix: ``scale * (b @ a)``, float32."""
+    """The low-rank change of a box of a weight, float32."""
 
-    a: np.ndarray
-    """(rank, in)"""
-    b: np.ndarray
-    """(out, rank)"""
-    scale: float
-    output: tuple[int, ...]
-    """For each axis of the box, how many rows of the matrix one step along it is; 0 for none."""
-    inputs: tuple[int, ...]
-    """The same for columns."""
+    factors: Spread
     at: tuple[int, ...]
-    """Position of the box along every axis of the weight."""
+    """Position of the box along every axis of the weight, outputs first."""
     sizes: tuple[int, ...]
     """Length of the weight's axes."""
 
 
 @dataclass
-class Seen:
+class NonFinite:
     """Whether values that are not finite were met."""
 
     source: bool = False
@@ -68,7 +61,9 @@ class Workspace:
         return held[:need].view(dtype).reshape(rows, columns + _PAD)[:, :columns]
 
 
-def place(dst: np.ndarray, src: np.ndarray, product: Product | None, work: Workspace, seen: Seen) -> None:
+def place(
+    dst: np.ndarray, src: np.ndarray, product: Product | None, work: Workspace, faulty: NonFinite
+) -> None:
     """``dst[...] = src + product``, where the two have the same axes in any order in memory.
 
     With a product the sum is made in float32 and rounded once. Without, equal dtypes are moved
@@ -79,7 +74,7 @@ def place(dst: np.ndarray, src: np.ndarray, product: Product | None, work: Works
         src: the same shape, any strides.
         product: what to add, if anything.
         work: of this thread.
-        seen: takes note of values that are not finite.
+        faulty: records values that are not finite.
     """
     if dst.ndim < 2:
         dst, src = (array.reshape((1,) * (2 - array.ndim) + array.shape) for array in (dst, src))
@@ -88,7 +83,7 @@ def place(dst: np.ndarray, src: np.ndarray, product: Product | None, work: Works
     others = [range(n) if axis not in (row, column) else (0,) for axis, n in enumerate(dst.shape)]
     across = dst.strides[row] < dst.strides[column] and dst.shape[row] > 1
     order = [axis for axis in range(dst.ndim) if axis not in (row, column)] + [row, column]
-    to, whence = dst.transpose(order), src.transpose(order)
+    to, origin = dst.transpose(order), src.transpose(order)
     at = (0, 0) if product is None else (product.at[row], product.at[column])
     sizes = to.shape[-2:] if product is None else (product.sizes[row], product.sizes[column])
     tiles = list(_tiles(at, to.shape[-2:], sizes))
@@ -96,26 +91,22 @@ def place(dst: np.ndarray, src: np.ndarray, product: Product | None, work: Works
     with np.errstate(over="ignore", invalid="ignore"):
         for other in itertools.product(*others):
             lead = tuple(n for axis, n in enumerate(other) if axis not in (row, column))
-            target, source = to[lead], whence[lead]
+            target, source = to[lead], origin[lead]
             for tile in tiles:
                 added = None if product is None else _added(product, other, row, column, tile)
-                _tile(target[tile.part], source[tile.part], added, across, work, seen)
+                _tile(target[tile.part], source[tile.part], added, across, work, faulty)
 
 
 def _tile_axes(dst: np.ndarray, src: np.ndarray, product: Product | None) -> tuple[int, int]:
     """Axes that become the rows and columns of tiles: columns are consecutive in ``src``."""
 
-    def fastest(array: np.ndarray, axes: list[int]) -> int:
-        return min(axes, key=lambda axis: (array.shape[axis] == 1, abs(array.strides[axis]), -axis))
-
-    every = list(range(dst.ndim))
-    column = fastest(src, every)
-    rest = [axis for axis in every if axis != column]
+    column = axes_by_stride(src)[0]
+    rest = [axis for axis in axes_by_stride(dst) if axis != column]
     if product is not None:
         # one axis of the rows of the matrix and one of its columns make the product a small matmul
-        group = product.inputs if product.output[column] else product.output
-        rest = [axis for axis in rest if group[axis]]
-    return fastest(dst, rest), column
+        outputs = product.factors.outputs
+        rest = [axis for axis in rest if (axis < outputs) != (column < outputs)]
+    return rest[0], column
 
 
 @dataclass(frozen=True)
@@ -160,21 +151,11 @@ Added = tuple[np.ndarray, np.ndarray, float, tuple[slice, slice]]
 
 
 def _added(product: Product, other: tuple[int, ...], row: int, column: int, tile: _Tile) -> Added:
-    def span(steps: tuple[int, ...], axis: int, between: tuple[int, int]) -> slice:
-        fixed = [at + n for at, n in zip(product.at, other, strict=True)]
-        fixed[row] = fixed[column] = 0
-        first = sum(n * step for n, step in zip(fixed, steps, strict=True))
-        return slice(
-            first + between[0] * steps[axis], first + (between[1] - 1) * steps[axis] + 1, steps[axis]
-        )
-
-    if product.output[column]:
-        b = product.b[span(product.output, column, tile.columns)]
-        a = product.a[:, span(product.inputs, row, tile.rows)]
-        return a.T, b.T, product.scale, tile.inside
-    b = product.b[span(product.output, row, tile.rows)]
-    a = product.a[:, span(product.inputs, column, tile.columns)]
-    return b, a, product.scale, tile.inside
+    at: list[int | slice] = [begin + n for begin, n in zip(product.at, other, strict=True)]
+    at[row], at[column] = slice(*tile.rows), slice(*tile.columns)
+    b, a = product.factors.block(tuple(at))
+    left, right = (a.T, b.T) if column < product.factors.outputs else (b, a)
+    return left, right, product.factors.scale, tile.inside
 
 
 def _tile(
@@ -183,7 +164,7 @@ def _tile(
     added: Added | None,
     across: bool,
     work: Workspace,
-    seen: Seen,
+    faulty: NonFinite,
 ) -> None:
     tile = src
     if added is not None:
@@ -199,9 +180,9 @@ def _tile(
         _copy(narrow, tile)
         tile = narrow
     if not all_finite(tile):
-        faulty = not all_finite(src)
-        seen.source |= faulty
-        seen.result |= not faulty
+        read = not all_finite(src)
+        faulty.source |= read
+        faulty.result |= not read
     _copy(dst, tile)
 
 

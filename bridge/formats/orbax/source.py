@@ -33,6 +33,7 @@ from bridge.formats.orbax.listing import (
 )
 from bridge.formats.orbax.ocdbt import RECOPY, Extent, contained
 from bridge.formats.orbax.sink import create
+from bridge.graph import Form, State
 
 ITEM = "params"
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -336,4 +337,13 @@ def _refuse_leftovers(params: Location, files: list[str]) -> None:
         )
 
 
-FORMAT = Format(name="orbax", claims=claims, open=open_orbax, create=create)
+FORMAT = Format(
+    name="orbax",
+    states=(
+        State(name="orbax", contents="base", format="orbax", form=Form.PYTREE),
+        State(name="orbax", contents="base+lora", format="orbax", form=Form.PYTREE),
+    ),
+    claims=claims,
+    open=open_orbax,
+    create=create,
+)

@@ -17,6 +17,7 @@ from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import take
 from bridge.formats.safetensors.header import pickle_problem
 from bridge.formats.safetensors.torch import TorchSink, TorchSource, lay_out, source_of
+from bridge.graph import Form, State
 from bridge.strict_json import parse_object
 
 FILE = "adapter_model.safetensors"
@@ -64,4 +65,10 @@ def create(
     return lay_out(directory / FILE, specs, metadata, zeros)
 
 
-FORMAT = Format(name="peft", claims=claims, open=open_peft, create=create)
+FORMAT = Format(
+    name="peft",
+    states=(State(name="peft-adapter", contents="lora", format="peft", form=Form.ADAPTER),),
+    claims=claims,
+    open=open_peft,
+    create=create,
+)

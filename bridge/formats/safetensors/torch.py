@@ -32,6 +32,7 @@ from bridge.formats.safetensors.header import (
     pickle_problem,
     read_header,
 )
+from bridge.graph import Form, State
 from bridge.strict_json import parse, parse_object, shown
 
 FILE = "model.safetensors"
@@ -333,4 +334,13 @@ def lay_out(
     return TorchSink(path, header)
 
 
-FORMAT = Format(name="torch", claims=claims, open=open_torch, create=create)
+FORMAT = Format(
+    name="torch",
+    states=(
+        State(name="torch-merged", contents="base", format="torch", form=Form.STATE_DICT),
+        State(name="torch-base", contents="base", format="torch", form=Form.STATE_DICT, stripped=True),
+    ),
+    claims=claims,
+    open=open_torch,
+    create=create,
+)

@@ -1,0 +1,118 @@
+"""What a plan reads from: the source, its base where there is one, and how leaves are read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bridge.arrays import Spec
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.errors import Problem
+from bridge.formats.contract import Source
+from bridge.lora.factors import Scale
+from bridge.rules.model import Bound, Model
+from bridge.stream.readers import FactorReader, Read, ReplacedWeights, WeightsReader
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checkpoints a plan reads from. ``weights`` is the base where there is one."""
+
+    source: Checkpoint
+    base: Checkpoint | None = None
+
+    @property
+    def weights(self) -> Checkpoint:
+        return self.base or self.source
+
+    @property
+    def weights_key(self) -> str:
+        return "base" if self.base else "source"
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        return {"source": self.source} | ({"base": self.base} if self.base else {})
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        return {key: checkpoint.source for key, checkpoint in self.checkpoints.items()}
+
+    @property
+    def model(self) -> Model:
+        return self.weights.model
+
+    def spec(self, read: Read) -> Spec:
+        return self.sources[read[0]].specs[read[1]]
+
+    def bound(self) -> Iterator[Bound]:
+        """Every leaf of the model with its sizes."""
+        return self.weights.bound()
+
+    def weights_reader(self, bound: Bound, *, flat: bool) -> tuple[WeightsReader, Bound]:
+        """How a leaf's weights are read, and the leaf in the form that reading needs.
+
+        Args:
+            bound: the leaf.
+            flat: read tensors without taking their rows apart, which needs no more than their shapes.
+        """
+        weights, used = self.weights.weights_reader(self.weights_key, bound, flat=flat)
+        if self.base is None:
+            return weights, used
+        # an adapter's modules_to_save stand in for the base's own
+        own = {
+            index: ("source", self.source.stored[name])
+            for index, name in used.names.items()
+            if name in self.source.stored
+        }
+        return (ReplacedWeights(weights, own, used.sizes) if own else weights), used
+
+    def factor_reader(self, bound: Bound, scale: Scale | None) -> FactorReader | None:
+        """How the factors of a leaf's weights are read, or None where it has none."""
+        return self.source.factor_reader("source", bound, scale)
+
+
+def shape_problems(inputs: Inputs) -> list[Problem]:
+    """Modules of an adapter whose factors do not fit the weights of the base."""
+    adapter, base = inputs.source, inputs.base
+    assert base is not None
+    ours, theirs = base.weight_specs(), adapter.weight_specs()
+    misfits = [
+        f"{name} is {list(ours[name].shape)} in the base, {list(spec.shape)} in the adapter"
+        for name, spec in theirs.items()
+        if name in ours and spec.shape != ours[name].shape
+    ]
+    known = {name for bound in base.bound() for name in bound.names.values()}
+    misfits += [
+        f"{name} is not in the base" for name in (*adapter.modules, *adapter.stored) if name not in known
+    ]
+    if not misfits:
+        return []
+    return [
+        Problem(
+            f"{adapter.source.location} does not fit {base.source.location}: {len(misfits)} weights disagree: "
+            + "; ".join(misfits[:3]),
+            "give the base that the adapter was trained on with --base",
+        )
+    ]
+
+
+def size_problems(inputs: Inputs) -> list[Problem]:
+    """Sizes that a JAX pytree needs and PyTorch weights alone do not tell."""
+    model, sizes = inputs.model, inputs.weights.sizes
+    unknown = sorted(
+        {
+            model.qualified(part.name, axis)
+            for part in model.parts
+            for rule in part.rules
+            for axis in rule.equation.left
+            if axis.isidentifier() and model.qualified(part.name, axis) not in sizes
+        }
+    )
+    if not unknown or inputs.weights.problems:
+        return []
+    return [
+        Problem(
+            f"{inputs.weights.source.location}: cannot infer {', '.join(unknown)} from tensor shapes",
+            inputs.weights.family.size_hint,
+        )
+    ]

@@ -1,0 +1,106 @@
+"""A PyTorch state_dict, understood."""
+
+from __future__ import annotations
+
+from bridge.checkpoint.checkpoint import WeightsCheckpoint
+from bridge.checkpoint.match import Fit, fit_weights, place_weights
+from bridge.checkpoint.problems import (
+    absence_problems,
+    count_problems,
+    dtype_problems,
+    fit_problems,
+    misshapen,
+    unknown,
+)
+from bridge.checkpoint.sizes import Dimension, Numbers, dimensions, fixed_dimensions, located, solve
+from bridge.errors import Problem
+from bridge.formats.contract import Source
+from bridge.publish.record import read_record
+
+
+def understand_weights(source: Source) -> WeightsCheckpoint:
+    """Work out which model a state_dict is of.
+
+    Raises:
+        CheckpointRefused: no family's model fits even half of its weights.
+    """
+    fits = fit_weights(source.specs)
+    if not fits:
+        raise unknown(source, source.specs)
+    # models whose PyTorch names are the same differ in shapes; that of fewer leaves is the special case
+    read = [_as_weights(source, fit) for fit in fits]
+    return min(read, key=lambda each: (len(each.problems), len(list(each.model.rules))))
+
+
+def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
+    model, runtime = fit.model, fit.family.runtime
+    problems = fit_problems(source, fit, "tensor") + dtype_problems(source, runtime)
+    # a tied weight may be stored under its alias, or under both names
+    renamed: dict[str, str] = {}
+    stored: dict[str, str] = {}
+    for alias, of in model.tied.items():
+        name, kept = fit.layout.rename(alias), fit.layout.rename(of)
+        if name in source.specs and name != kept:
+            if kept in source.specs:
+                stored[alias] = name
+            else:
+                renamed[kept] = name
+    places = place_weights(model, fit.layout, (*source.specs, *renamed))
+    seen: list[Dimension] = []
+    numbers = Numbers(model)
+    for effective, place in places.items():
+        name = renamed.get(effective, effective)
+        stored[place.weight] = name
+        groups = place.rule.equation.right
+        shape = source.specs[name].shape
+        if len(shape) != len(groups):
+            axes = tuple(" x ".join(group) for group in groups)
+            problems.append(misshapen(source, name, shape, axes, f"this is not a {model.name} checkpoint"))
+            continue
+        seen += dimensions(model, place.part, zip(groups, shape, strict=True), name)
+        numbers.add(place.part, {axis: place.at[axis] for axis in place.rule.template.numbered})
+    counted, gaps = numbers.dimensions()
+    sizes, disagreements = _solve(source, fit, [*fixed_dimensions(model, runtime, seen), *seen, *counted])
+    problems += located(source, [*gaps, *disagreements])
+    problems += count_problems(source, model, sizes)
+    if not problems:
+        problems += absence_problems(source, model, stored, sizes)
+    return WeightsCheckpoint(
+        source=source,
+        family=fit.family,
+        model=model,
+        layout=fit.layout,
+        stored=stored,
+        sizes=sizes,
+        problems=tuple(problems),
+    )
+
+
+def _solve(source: Source, fit: Fit, seen: list[Dimension]) -> tuple[dict[str, int], list[Problem]]:
+    """Sizes from tensors, and what they leave open (heads) from a config or the stock models."""
+    model, config = fit.model, source.metadata.get("config.json")
+    sizes, problems = solve(seen, model)
+    told = fit.family.known_sizes(config) if fit.family.known_sizes and isinstance(config, dict) else {}
+    axes = {
+        model.qualified(part.name, axis)
+        for part in model.parts
+        for rule in part.rules
+        for axis in rule.equation.left
+    }
+    carried: dict[str, int] = {}
+    for known in (_recorded_sizes(source), told, model.stock):
+        named = {model.canonical.get(axis, axis): size for axis, size in known.items()}
+        more = carried | {axis: size for axis, size in named.items() if axis in axes - sizes.keys()}
+        solved, trouble = solve(seen, model, more)
+        # what contradicts the tensors is not theirs: a config of another model, no stock model
+        if not trouble and not problems:
+            sizes, carried = solved, more
+    return sizes, problems
+
+
+def _recorded_sizes(source: Source) -> dict[str, int]:
+    """The sizes that bridge itself wrote beside the weights, if it did."""
+    sizes = read_record(source.root).get("sizes")
+    if not isinstance(sizes, dict):
+        return {}
+    return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}

@@ -1,0 +1,164 @@
+"""Planning an adapter's return to JAX: ranks and scales of the LoRA leaves, and what fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bridge.checkpoint.inputs import Inputs
+from bridge.checkpoint.options import alphas_of
+from bridge.checkpoint.scales import alpha_problems, recorded_scales
+from bridge.conversion.options import Options, compress_to
+from bridge.errors import CheckpointRefused, Problem, refuse_if
+from bridge.lora.factors import Scale
+from bridge.publish.record import RECORD
+from bridge.rules.model import Part
+from bridge.rules.names import grouped
+from bridge.rules.rule import Rule
+from bridge.stream.output import Output
+from bridge.stream.readers import Done
+from bridge.stream.writers import FactorWriter
+
+
+def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:
+    """Rank and scale of the LoRA leaves of each part.
+
+    A part gets leaves when the adapter touches it or ``--rank`` names it. Its rank is the one
+    asked for, else the rank it had in JAX if the adapter's ``bridge.json`` records it, else the
+    stock rank; alpha likewise.
+    """
+    given, rslora = alphas_of(options), options["rslora"]
+    recorded, runtime = recorded_scales(inputs.source.source.root), inputs.weights.family.runtime
+    where = inputs.source.source.location
+    rank_option = options["rank"]
+    asked = rank_option if isinstance(rank_option, Mapping) else {}
+    able = {part.name for part in inputs.model.parts if any(rule.lora for rule in part.rules)}
+    # LoRA elsewhere is a problem of the adapter's own
+    touched = _touched(inputs) & able
+    problems = [
+        Problem(f"{flag} names {name}, which cannot carry LoRA", f"name one of {', '.join(sorted(able))}")
+        for flag, names in (("--rank", asked), ("--lora-alpha", given))
+        for name in names
+        if name and name not in able
+    ]
+    problems += [
+        Problem(
+            f"{where}: {name} has LoRA factors, but {runtime} does not apply LoRA to this weight",
+            "sum it into the weights: --fold (or --to torch-merged)",
+        )
+        for name in grouped(_beyond(inputs))
+    ]
+    problems += alpha_problems(given)
+    problems += [
+        Problem(
+            f"{where}: --lora-alpha names {name}, which the adapter does not touch",
+            f"leave it out, or give it LoRA leaves: --rank {name}=RANK",
+        )
+        for name in given
+        if name in able and name not in touched and name not in asked
+    ]
+    ranks: dict[str, int] = {}
+    scales: dict[str, Scale] = {}
+    for part in inputs.model.parts:
+        if part.name not in touched and part.name not in asked:
+            continue
+        known = recorded.get(part.name, {})
+        had = int(known["rank"]) if known else None
+        rank = asked.get(part.name, compress_to(options) or had or _stock_rank(part))
+        if rank is None:
+            problems.append(
+                Problem(
+                    f"{where}: the rank {part.name} should have in {runtime} is unknown",
+                    f"add --rank {part.name}=RANK",
+                )
+            )
+            continue
+        same = had == rank
+        uses_root = rslora or bool(same and known.get("rslora") and part.name not in given)
+        alpha, origin = given.get(part.name, given.get("")), "given"
+        if alpha is None and same:
+            alpha, origin = known.get("alpha"), f"from {RECORD}"
+        if alpha is None:
+            alpha, origin = part.stock_alpha.get(rank), f"stock for rank {rank}"
+        if alpha is None:
+            problems.append(
+                Problem(
+                    f"{where}: {part.name} gets LoRA of rank {rank}, but the alpha {runtime} will use is unknown",
+                    f"add --lora-alpha {part.name}=ALPHA, as the training config will have it",
+                )
+            )
+            continue
+        ranks[part.name] = rank
+        scales[part.name] = Scale(
+            part=part.name, rank=rank, alpha=float(alpha), rslora=uses_root, origin=origin
+        )
+    return ranks, scales, problems
+
+
+def _touched(inputs: Inputs) -> set[str]:
+    """Parts whose LoRA leaves the adapter fills."""
+    return {part.name for part, rule in _places(inputs).values() if rule.lora is not None}
+
+
+def _beyond(inputs: Inputs) -> list[str]:
+    """Weights that the adapter changes, and that carry no LoRA in the JAX runtime."""
+    return [name for name, (_, rule) in _places(inputs).items() if rule.lora is None]
+
+
+def _places(inputs: Inputs) -> dict[str, tuple[Part, Rule]]:
+    places = ((name, inputs.model.weight_index.find(name)) for name in inputs.source.modules)
+    return {name: place[0] for name, place in places if place is not None}
+
+
+def _stock_rank(part: Part) -> int | None:
+    return next(iter(part.stock_alpha)) if len(part.stock_alpha) == 1 else None
+
+
+def fit_notes(inputs: Inputs, output: Output) -> list[str]:
+    """What does not fit the ranks of the LoRA leaves: refused, or with ``--lossy`` its error.
+
+    Reads the modules whose rank is larger than the leaf's.
+
+    Raises:
+        CheckpointRefused: factors do not fit, and may not be approximated.
+    """
+    misfits: dict[str, list[str]] = {}
+    errors: dict[str, float] = {}
+    for step in output.steps:
+        writer = step.writer
+        if not isinstance(writer, FactorWriter) or step.factors is None:
+            continue
+        ranks = {index: step.factors.rank(index, inputs.sources) for index in writer.indices()}
+        change_at = step.factors.open(step.rule, inputs.sources, Done(), None)
+        for group in writer.groups():
+            if sum(ranks[index] for index in group) <= writer.rank:
+                continue
+            changes = {i: change.matrices() for i in group if (change := change_at(i)) is not None}
+            modules = [
+                step.factors.labels(step.rule, index)[0][0].removesuffix(".lora_A.weight")
+                for index in changes
+            ]
+            why = writer.misfit(changes) if changes else None
+            if why is not None and not writer.lossy:
+                misfits.setdefault(why, []).extend(modules)
+            elif why is not None:
+                errors |= dict.fromkeys(modules, writer.fitted(changes)[1])
+    where = inputs.source.source.location
+    refuse_if(
+        (
+            Problem(
+                f"{where}: {name} {why}",
+                "merge it into the weights with --fold (or --to torch-merged); or approximate it with --lossy, "
+                "which reports the error; or give the leaves a larger --rank",
+            )
+            for why, modules in misfits.items()
+            for name in grouped(modules)
+        ),
+        CheckpointRefused,
+    )
+    if not errors:
+        return []
+    order = sorted(errors, key=lambda name: -errors[name])
+    return [
+        f"{len(errors)} modules are approximated, relative Frobenius error up to {errors[order[0]]:.2e}",
+        *(f"approximated: {name} {errors[name]:.2e}" for name in order),
+    ]

@@ -1,0 +1,70 @@
+"""The record of an output: what it was made from, how, and the checksum of everything in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bridge.conversion.job import Job
+from bridge.publish.record import combined, files_in, self_checksum
+from bridge.stream.output import Output
+from bridge.stream.readers import Done
+
+#: packages whose version can change an output's bytes
+PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
+
+
+def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sums: Mapping[str, str]) -> str:
+    """The record of one output of a finished conversion, as JSON; ``place`` holds all else of it."""
+    read = {key: checksum for each in done for key, checksum in each.read.items()}
+    record: dict[str, Any] = {
+        "model": job.inputs.model.name,
+        "route": [converter.name for converter in job.route],
+        "state": str(output.state),
+        "loss": job.loss.name.lower(),
+        "layout": output.layout.name,
+        "dtype": output.dtype,
+        "scales": {name: scale.as_json() for name, scale in job.scales.items()},
+        "sizes": {axis: size for axis, size in sorted(job.inputs.weights.sizes.items()) if axis != "1"},
+        "sources": {
+            key: {
+                "format": checkpoint.source.format,
+                "state": str(checkpoint.state),
+                "value_suffix": checkpoint.suffixed,
+                "fingerprint": combined({name: sum for (which, name), sum in read.items() if which == key}),
+                "arrays": {
+                    name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[which, name]}
+                    for which, name in sorted(read)
+                    if which == key
+                },
+            }
+            for key, checkpoint in job.inputs.checkpoints.items()
+        },
+        "checksum": combined(sums),
+        "tensors": {
+            name: {"dtype": spec.dtype.name, "checksum": sums.get(name, "zeros")}
+            for name, spec in output.specs.items()
+        },
+        "files": {name: xxhash.xxh3_128(data).hexdigest() for name, data in sorted(output.files.items())},
+        "container": sorted(files_in(place) - output.files.keys()),
+        "outputs": [other.where for other in job.outputs if other.where and not output.where],
+        "checksums": "xxh3-128 of the values in little-endian C order",
+        "versions": _versions(),
+    }
+    record["record"] = self_checksum(record)
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions

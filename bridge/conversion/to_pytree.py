@@ -1,0 +1,68 @@
+"""Planning a JAX pytree as its runtime restores it, with LoRA leaves where an adapter is joined."""
+
+from __future__ import annotations
+
+from bridge.arrays import Spec, widest
+from bridge.conversion.lora_leaves import fit_notes
+from bridge.conversion.request import Built, Request
+from bridge.rules.factoring import RANK
+from bridge.rules.family import Tree
+from bridge.rules.model import Bound
+from bridge.stream.output import Output, collect
+from bridge.stream.readers import FactorReader, ModuleFactors
+from bridge.stream.step import Step
+from bridge.stream.writers import FactorWriter, LeafWriter
+
+
+def build_pytree(request: Request) -> Built:
+    """Every leaf; factors are folded into the weights, or become leaves of their own at the ranks asked for."""
+    inputs = request.inputs
+    steps: list[Step] = []
+    for bound in inputs.bound():
+        weights, _ = inputs.weights_reader(bound, flat=False)
+        factors = inputs.factor_reader(bound, request.scales.get(bound.part.name))
+        stored = widest(inputs.spec(read).dtype for read in weights.reads)
+        spec = Spec(bound.leaf_shape, request.weight_dtype(bound.rule, stored))
+        writer = LeafWriter(_stored_name(request, bound.rule.leaf), spec)
+        folded = factors if request.fold else None
+        steps.append(request.step(bound, weights, folded, writer, Spec(spec.shape, stored)))
+        if not request.fold and bound.rule.lora is not None and bound.part.name in request.ranks:
+            # modules that the adapter lacks are zeros
+            steps.append(_factor_step(request, bound, factors or ModuleFactors({})))
+    output = Output(
+        state=request.target,
+        layout=inputs.model.layouts[0],
+        dtype=request.dtype,
+        steps=tuple(steps),
+        specs=collect(inputs.model.name, tuple(steps)),
+    )
+    notes = fit_notes(inputs, output) if request.ranks else []
+    return Built(outputs=(output,), notes=tuple(notes), approximated=bool(notes))
+
+
+def _factor_step(request: Request, bound: Bound, factors: FactorReader) -> Step:
+    rule, inputs = bound.rule, request.inputs
+    assert rule.lora is not None and rule.factor_leaves is not None
+    axes = rule.factor_axes
+    shape_a, shape_b = axes.shapes(bound.sizes, request.ranks[bound.part.name])
+    # an adapter's own dtype is kept unless another is asked for
+    stored = widest(inputs.spec(read).dtype for read in factors.reads)
+    written = request.factor_dtype(stored)
+    a, b = (_stored_name(request, leaf) for leaf in rule.factor_leaves)
+    writer = FactorWriter(
+        a=a,
+        b=b,
+        spec_a=Spec(shape_a, written),
+        spec_b=Spec(shape_b, written),
+        axes=axes,
+        sizes={**bound.sizes, RANK: request.ranks[bound.part.name]},
+        runtime=request.scales[bound.part.name].value if rule.lora.scaled else 1.0,
+        family=inputs.weights.family.runtime,
+        lossy=request.options["lossy"],
+    )
+    return request.step(bound, None, factors, writer, Spec(bound.leaf_shape, stored))
+
+
+def _stored_name(request: Request, leaf: str) -> str:
+    tree: Tree = request.inputs.weights.family.tree
+    return tree.root + leaf + (tree.suffix if request.options["value_suffix"] else "")
