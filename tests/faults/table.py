@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from tests import checkpoints
+from tests.kit import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 BRIDGE = Path(sys.executable).with_name("bridge")

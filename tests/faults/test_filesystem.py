@@ -20,8 +20,8 @@ import pytest
 
 from bridge.publish.atomic import lock_file
 from bridge.publish.lock import locked
-from tests import checkpoints
 from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here, snapshot
+from tests.kit import checkpoints
 
 Provoke = Callable[[Scene], object]
 
@@ -574,7 +574,7 @@ ROWS = [
     Fault(44, "no name", to("made", ".."), Expect(r"does not name a directory")),
     Fault(44, "an address", lambda s: setattr(s, "dst", "gs://bucket/out"), Expect(r"written to local disk")),
     Fault(45, "names that differ by case",
-          why_not="this kernel has no directories without case: test_destination.py plans for one that has"),
+          why_not="this kernel has no directories without case: publish/test_preflight.py plans for one that has"),
     Fault(46, "file size", limit(resource.RLIMIT_FSIZE, 65536), Expect(r"made/.*File too large\n.*ulimit -f")),
     Fault(46, "file size, the record", limit(resource.RLIMIT_FSIZE, 4096), Expect(r"made/.*File too large")),
     Fault(46, "32 descriptors", limit(resource.RLIMIT_NOFILE, 32), Expect(r"wrote", 0)),
@@ -585,7 +585,7 @@ ROWS = [
     Fault(47, "short writes", short_writes, Expect(r"wrote", 0)),
     Fault(47, "interrupted", fails("pwrite64", "error=EINTR:when=3"), Expect(r"wrote", 0)),
     Fault(47, "more than 2 GiB at once",
-          why_not="needs a tensor of 2 GiB: test_publish.py holds that a tensor goes out in calls of a bounded size"),
+          why_not="needs a tensor of 2 GiB: publish/test_atomic.py holds that a tensor goes out in bounded calls"),
     Fault(48, "umask 077", lambda s: setattr(s, "limits", "os.umask(0o077)"),
           Expect(r"wrote", 0, modes(0o700, 0o600))),
     Fault(48, "umask 002", lambda s: setattr(s, "limits", "os.umask(0o002)"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bridge
-from tests import checkpoints
+from tests.kit import checkpoints
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 
 from bridge.arrays import BFLOAT16
-from tests import checkpoints
 from tests.faults import ocdbt
 from tests.faults.damage import (
     BIAS,
@@ -62,7 +61,8 @@ from tests.faults.damage import (
     zstd,
 )  # fmt: skip
 from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here
-from tests.test_safetensors import BAD
+from tests.formats.test_safetensors import BAD
+from tests.kit import checkpoints
 
 Q = "PaliGemma/llm/layers/attn/q_einsum"
 EMBEDDING = "PaliGemma/llm/embedder/input_embedding"
