@@ -20,7 +20,7 @@ import pytest
 
 from bridge.publish.atomic import lock_file
 from bridge.publish.lock import locked
-from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here, snapshot
+from tests.faults.table import Expect, Fault, Ran, Scene, run_here, snapshot
 from tests.kit import checkpoints
 
 Provoke = Callable[[Scene], object]
@@ -595,8 +595,3 @@ ROWS = [
     Fault(49, "another time and place", another_time, Expect(r"wrote", 0, same_bytes)),
     Fault(50, "slow reads", slow, Expect(r"wrote", 0)),
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", provoked(ROWS))
-def test_fault(fault: Fault, scene: Scene) -> None:
-    check(fault, scene)

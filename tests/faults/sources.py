@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from bridge.arrays import BFLOAT16
 from tests.faults import ocdbt
@@ -60,7 +59,7 @@ from tests.faults.damage import (
     zarr3,
     zstd,
 )  # fmt: skip
-from tests.faults.table import Expect, Fault, Ran, Scene, check, provoked, run_here
+from tests.faults.table import Expect, Fault, Ran, Scene, run_here
 from tests.formats.test_safetensors import BAD
 from tests.kit import checkpoints
 
@@ -435,7 +434,7 @@ def is_said_not(ran: Ran, text: str) -> None:
     assert text not in ran.out + ran.err
 
 
-# 13 to 15: unfinished, elsewhere, half fetched. test_filesystem.py has 16, sources that change.
+# 13 to 15: unfinished, elsewhere, half fetched. filesystem.py has 16, sources that change.
 
 
 def unfinished_beside(scene: Scene) -> None:
@@ -891,25 +890,3 @@ def no_pickle(scene: Scene) -> Iterator[None]:
     """Whatever a row is about: nothing was unpickled."""
     yield
     assert not ran(scene).exists(), "a pickle was run"
-
-
-@pytest.mark.parametrize("fault", provoked(ROWS))
-def test_fault(fault: Fault, scene: Scene) -> None:
-    with no_pickle(scene):
-        check(fault, scene)
-
-
-@pytest.mark.parametrize("fault", [fault for fault in provoked(ROWS)[::9] if fault.values[0].expect.code])
-def test_who_only_looks_is_told_as_well(fault: Fault, scene: Scene) -> None:
-    """inspect, verify and diff read by the same readers, and end the same way: here, a sample of the rows."""
-    assert fault.provoke is not None
-    fault.provoke(scene)
-    for arguments in (["inspect"], ["inspect", "--json"], ["verify"], ["diff", os.fspath(scene.src)]):
-        ran = run_here([*arguments, os.fspath(scene.src)])
-        assert ran.code in (0, 1), ran
-        assert "fault of bridge's own" not in ran.err and "Traceback" not in ran.err, ran.err
-
-
-def test_every_fault_of_a_source_has_a_row() -> None:
-    # what changes while it is read is among the faults of the file system
-    assert {fault.number for fault in ROWS} == set(range(1, 33)) - {16}
