@@ -16,13 +16,11 @@ import torch
 import bridge
 from bridge.formats.safetensors.torch import TorchSink
 from bridge.lora.algebra import FactorAxes, factor_axes
-from bridge.plugins import adapters
 from bridge.rules.equation import Equation
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Array
 from tests.kit.golden import TOLERANCE, differing
-
-Plant = Callable[[pytest.MonkeyPatch], None]
+from tests.kit.mutants import Plant, in_axes, in_rules
 
 #: A mistake is larger than float32's own error by at least this much: five hundred times.
 SEEN = 1e-3
@@ -32,36 +30,6 @@ ATTENTION = r"/(q_einsum|kv_einsum|attn_vec_einsum)(_1)?/"
 
 
 # How mistakes are planted.
-
-
-def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
-    """A mistake in the adapter's table."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        def altered(adapter: bridge.Adapter) -> bridge.Adapter:
-            models = tuple(
-                dataclasses.replace(
-                    model,
-                    parts=tuple(
-                        dataclasses.replace(part, rules=tuple(map(change, part.rules)))
-                        for part in model.parts
-                    ),
-                )
-                for model in adapter.models
-            )
-            return dataclasses.replace(adapter, models=models)
-
-        known = adapters()
-        mutants = tuple(map(altered, known))
-        assert mutants != known, "nothing was planted"
-        patch.setattr("bridge.checkpoint.match.adapters", lambda: mutants)
-
-    return plant
-
-
-def in_axes(leaf: str, axes: str) -> Plant:
-    """Another axis equation for the leaves that match `leaf`."""
-    return in_rules(lambda rule: dataclasses.replace(rule, axes=axes) if re.search(leaf, rule.leaf) else rule)
 
 
 def exchanged(leaf: str, first: str, second: str) -> Plant:

@@ -29,8 +29,8 @@ from bridge.publish import record
 from bridge.rules.equation import Equation
 from bridge.stream.readers import Factors, Matrices
 from bridge.stream.workers import Load, schedule
-from tests.conversion.test_merge import train
 from tests.kit import checkpoints, golden
+from tests.kit.peft import train
 
 ALPHA = {"paligemma": 8.0, "expert": 4.5}
 

@@ -24,8 +24,8 @@ from bridge.conversion.job import Plan
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats.contract import Slab
 from bridge.stream.inputs import Inputs
-from tests.conversion.test_run import digest
 from tests.kit import checkpoints
+from tests.kit.digest import digest
 
 ALPHA = 4.0
 VOCAB = 997

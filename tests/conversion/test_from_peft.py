@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,9 @@ from bridge.errors import CheckpointRefused, Refusal
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Array, Tree
 from tests.kit.golden import BLOCK, TOLERANCE, State
+from tests.kit.peft import ATTENTION, CONFIG, MLP, PREFIX, WEIGHTS
+from tests.kit.record import Record
 
-PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ALL = r".*(language_model|gemma_expert\.model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 GEMMA = {part: f"{prefix}.layers" for part, _, prefix in golden.EXPERTS}
 
@@ -37,12 +35,6 @@ LAYERS = 2
 RANK = {"paligemma": 5, "expert": 3}
 ALPHA = {"paligemma": 8.0, "expert": 4.5}
 NAMED: dict[str, Any] = {"rank": RANK, "lora_alpha": ALPHA}
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 # Adapters, trained in PyTorch.

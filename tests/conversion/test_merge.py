@@ -1,15 +1,13 @@
 """Adapters merged into a base: bridge's own, those that PEFT trained, and those that are refused."""
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -19,21 +17,26 @@ from peft.tuners.lora import LoraLayer
 
 import bridge
 from bridge.errors import Refusal
-from tests.conversion.test_to_peft import GEMMAS, PREFIX, load_adapter, relative, tree_of
 from tests.kit import checkpoints, golden
+from tests.kit.digest import snapshot
 from tests.kit.golden import State
+from tests.kit.peft import (
+    CONFIG,
+    GEMMAS,
+    PREFIX,
+    WEIGHTS,
+    A,
+    B,
+    load_adapter,
+    merged_by_peft,
+    relative,
+    train,
+    tree_of,
+)
+from tests.kit.record import Record
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 ALPHA = {"paligemma": 8.0, "expert": 4.5}
 LAYER = f"{PREFIX}{GEMMAS['openpi'][0]}.0"
-A, B = ".lora_A.weight", ".lora_B.weight"
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 def worst(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
@@ -202,27 +205,6 @@ def test_two_runs_write_the_same_bytes(sources: Sources, tmp_path: Path) -> None
 GEMMA = r"paligemma_with_expert\.(paligemma\.model\.language_model|gemma_expert\.model)\.layers\.\d+\..*"
 SEVEN = rf"{GEMMA}(q|k|v|o|gate|up|down)_proj"
 TREE: dict[str, Any] = {"lora": {}, "layers": 3, "heads": 6, "kv_heads": 2}
-
-
-def train(base: State, config: Any, directory: Path) -> State:
-    """Make an adapter as PEFT does, with random numbers for training; returns what PEFT merges.
-
-    Everything is float32 here: the tensors are what `save_pretrained` writes.
-    """
-    torch.manual_seed(0)
-    model = get_peft_model(tree_of(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert "lora_" in name or "modules_to_save" in name
-                parameter.copy_(torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    return merged_by_peft(model)
-
-
-def merged_by_peft(model: Any) -> State:
-    state: State = model.merge_and_unload().state_dict()
-    return {name: weight.detach() for name, weight in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -827,17 +809,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(good: Path, tmp_path: Path) -> Scene:
     shutil.copytree(good, tmp_path / "scene")
     return Scene(tmp_path / "scene")
-
-
-def snapshot(directory: Path) -> dict[str, Any]:
-    """Everything below a directory: kind, mode, contents."""
-    return {
-        str(path.relative_to(directory)): (
-            path.lstat().st_mode,
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else os.path.islink(path),
-        )
-        for path in sorted(directory.rglob("*"))
-    }
 
 
 @pytest.mark.parametrize("name", ROWS)

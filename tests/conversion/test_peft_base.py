@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +15,11 @@ import torch
 
 import bridge
 from bridge.errors import Refusal
-from tests.conversion.test_to_peft import (
-    CASES,
-    PREFIX,
-    config_of,
-    load_adapter,
-    module_errors,
-    relative,
-    tensors_of,
-)
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Tree
 from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, EXPERT, LM_HEAD, PALIGEMMA, TOLERANCE, State
+from tests.kit.peft import CASES, PREFIX, config_of, load_adapter, module_errors, relative, tensors_of
+from tests.kit.record import Record
 
 ALPHA = {"paligemma": 8.0, "expert": 4.5}
 SCALES = {"paligemma": 8 / 5, "expert": 1.5}
@@ -34,12 +27,6 @@ OPTIONS: dict[str, Any] = {"to": "peft-adapter", "lora_alpha": ALPHA}
 TOWER = f"{PALIGEMMA}.model.vision_tower.vision_model"
 LANGUAGE = f"{PALIGEMMA}.model.language_model"
 BLOCK = "PaliGemma/img/Transformer/encoderblock"
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 # --with-base.

@@ -1,6 +1,5 @@
 """Everything that must be refused: why, in one line, what to do about it, and nothing changed on disk."""
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from bridge.formats.orbax.ocdbt import index
 from bridge.publish.atomic import RECORD
 from tests.kit import checkpoints
 from tests.kit.checkpoints import Tree
+from tests.kit.digest import snapshot
 
 ATTN = "PaliGemma/llm/layers/attn"
 Q = f"{ATTN}/q_einsum"
@@ -637,20 +637,6 @@ ROWS = {
     )
     for name, row in rows.items()
 }
-
-
-def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
-    """Everything below a directory: kind, mode, contents."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for path in sorted(directory.rglob("*")):
-        state = path.lstat()
-        content: Any = None
-        if path.is_symlink():
-            content = os.readlink(path)
-        elif path.is_file():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(directory))] = (state.st_mode, state.st_size if content else 0, content)
-    return found
 
 
 def check_words(refusal: Refusal) -> None:

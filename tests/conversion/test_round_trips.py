@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 import bridge
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Array, Tree
+from tests.kit.peft import CONFIG, WEIGHTS
+from tests.kit.record import Record
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 SUMMED = "attn_vec_einsum"
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -252,7 +247,7 @@ def test_the_same_adapter_comes_out_again(case: Case, tmp_path: Path) -> None:
     """... -> peft again: file and config, byte for byte; and the factors return bit for bit ever after."""
     orbax = case.returned()
     bridge.convert(orbax, tmp_path / "again", to="peft-adapter", keep_alpha=True, **case.options)
-    for file in ADAPTER:
+    for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "again" / file).read_bytes() == (case.adapter() / file).read_bytes()
     assert assets(tmp_path / "again") == assets(case.path)
     bridge.convert(tmp_path / "again", tmp_path / "twice", to="orbax", base=case.torch_base())

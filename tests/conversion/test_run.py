@@ -2,7 +2,6 @@
 
 import _thread
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -32,6 +31,7 @@ from bridge.stream.readers import LeafFactors, LeafWeights
 from bridge.stream.step import Step, run_step
 from bridge.stream.writers import TensorWriter
 from tests.kit import checkpoints
+from tests.kit.digest import digest
 
 MB = 1 << 20
 #: a few elements: every array comes in several slabs
@@ -46,14 +46,6 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(step: Path, out: Path, **options: Any) -> Plan:
     return bridge.plan(step, out, **{"to": "torch-merged", "lora_alpha": 4.0, **options})
-
-
-def digest(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 # The same bytes.

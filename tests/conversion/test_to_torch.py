@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +17,7 @@ import xxhash
 import bridge
 from tests.kit import checkpoints, golden
 from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, TOLERANCE, Golden, State, differing
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
+from tests.kit.record import Record
 
 
 @dataclass(frozen=True)

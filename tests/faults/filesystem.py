@@ -20,8 +20,9 @@ import pytest
 
 from bridge.publish.atomic import lock_file
 from bridge.publish.lock import locked
-from tests.faults.table import Expect, Fault, Ran, Scene, run_here, snapshot
+from tests.faults.table import Expect, Fault, Ran, Scene, run_here
 from tests.kit import checkpoints
+from tests.kit.digest import snapshot
 
 Provoke = Callable[[Scene], object]
 

@@ -60,8 +60,8 @@ from tests.faults.damage import (
     zstd,
 )  # fmt: skip
 from tests.faults.table import Expect, Fault, Ran, Scene, run_here
-from tests.formats.test_safetensors import BAD
 from tests.kit import checkpoints
+from tests.kit.headers import BAD
 
 Q = "PaliGemma/llm/layers/attn/q_einsum"
 EMBEDDING = "PaliGemma/llm/embedder/input_embedding"

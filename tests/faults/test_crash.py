@@ -35,8 +35,8 @@ from tests.faults.crash import (
     Server,
     targets,
 )
-from tests.faults.table import snapshot
 from tests.kit import checkpoints
+from tests.kit.digest import snapshot
 
 EXHAUSTIVE = bool(os.environ.get("BRIDGE_EXHAUSTIVE"))
 OUTPUTS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from bridge.formats.disk import readahead as part
 from bridge.formats.disk.readahead import ALIGN, open_part
 from bridge.formats.disk.syscalls import go_direct, is_cached
 from bridge.proof.verify import verify
-from tests.conversion.test_run import digest
+from tests.kit.digest import digest
 from tests.kit.golden import Golden
 
 BLOCK = 3 * ALIGN

@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 import bridge
 from bridge.errors import CheckpointRefused
 from bridge.peft.config import AdapterConfig, read_config
 from bridge.rules.names import grouped
-from tests.conversion.test_to_peft import load_adapter, lora_modules, tree_of
 from tests.kit import checkpoints, golden
+from tests.kit.peft import CONFIG, load_adapter, lora_modules, tree_of
 
-CONFIG = "adapter_config.json"
 LANGUAGE = f"{golden.PALIGEMMA}.model.language_model"
 SIGLIP = f"{golden.PALIGEMMA}.model.vision_tower.vision_model.encoder"
 SEVEN = [f"self_attn.{name}_proj" for name in "qkvo"] + [
@@ -56,10 +54,7 @@ def linears(paths: Iterable[str]) -> torch.nn.Module:
 def by_peft(config: dict[str, Any]) -> set[str]:
     """The linear layers that PEFT gives LoRA."""
     model = get_peft_model(linears(PATHS), LoraConfig(r=1, **config))  # type: ignore[arg-type]
-    prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
+    return set(lora_modules(model))
 
 
 def by_bridge(config: dict[str, Any]) -> set[str]:

@@ -5,7 +5,7 @@ The merged checkpoint and openpi's JAX model, which applies the factors at run t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 import bridge
 from tests.kit import golden, transformers_pi0
+from tests.kit.record import Record
 
 #: How far apart the two runtimes are by themselves: 4.0e-5 and 9.2e-6 were measured on pi0_base, which has no
 #: LoRA, and the same within 2 % with every set of CPU kernels tried (none, AVX2, AVX-512; one thread or two).
@@ -22,12 +23,6 @@ MEAN_ABS = 1e-5
 # The oracle knows no pi0.5.
 NAMES = ("pi0_lora", "pi0_base")
 LAYOUTS = ("openpi", "transformers")
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,15 @@ import bridge
 from bridge.errors import ProofFailed
 from bridge.proof.peft import TOLERANCE, prove_adapter
 from bridge.stream import writers
-from tests.adapters.test_mutants import in_axes
 from tests.kit import checkpoints, golden
 from tests.kit.golden import State
+from tests.kit.mutants import in_axes
+from tests.kit.peft import CONFIG, PREFIX, WEIGHTS, A, B
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 LANGUAGE = f"{golden.PALIGEMMA}.model.language_model"
 LAYER = f"{PREFIX}{LANGUAGE}.layers.0"
 EXPERT = f"{PREFIX}{golden.EXPERT}.model.layers.0"
 SIGLIP = f"{golden.PALIGEMMA}.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 #: Ranks that make some matrices square: 13 is the width, 11 a head's dimension.
 SQUARE = {"paligemma": 13, "expert": 17}

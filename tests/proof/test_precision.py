@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import safetensors.torch
@@ -18,15 +17,10 @@ from bridge.proof.verify import verify
 from tests.kit import golden
 from tests.kit.forms import Forms
 from tests.kit.golden import TOLERANCE, State
+from tests.kit.record import Record
 
 #: bfloat16 keeps eight bits: rounding a weight is off by 2⁻⁹ of it, the feed-forward is three weights deep
 ROUNDED = (5e-4, 5e-3)
-
-
-class Record(Protocol):
-    """pytest's `record_property`."""
-
-    def __call__(self, name: str, value: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
