@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import bridge
 from bridge.cli.main import cli
 from bridge.compare.diff import Comparison
 from bridge.compare.diff import diff as compare
-from bridge.lora.spectrum import effective_rank
 from tests.kit import checkpoints, golden, mistakes
 from tests.kit.forms import Forms
 
@@ -117,18 +115,3 @@ def test_other_dimensions_are_refused(forms: Forms, tmp_path: Path) -> None:
     other = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "100", quick=True)
     with pytest.raises(bridge.Refusal, match=r"paligemma\.width is 64 in .*, and 13 in"):
         compare(forms["merged"].path, other)
-
-
-@pytest.mark.parametrize(
-    ("values", "directions"),
-    [
-        ((1e300, 1e300), 2.0),
-        ((3.0, 0.0), 1.0),
-        ((math.inf, 1.0), None),
-        ((math.nan,), None),
-        ((0.0,), None),
-        ((), None),
-    ],
-)
-def test_directions_of_any_singular_values(values: tuple[float, ...], directions: float | None) -> None:
-    assert effective_rank(values) == (None if directions is None else pytest.approx(directions))

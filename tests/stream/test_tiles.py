@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, Spec, box, cells, run_shape
+from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, box
 from bridge.stream import tiles
-from bridge.stream.assemble import Gather
 from bridge.stream.tiles import Product, Seen, Workspace, place
 
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
@@ -96,34 +93,3 @@ def test_tells_an_overflow(dtype: np.dtype) -> None:
     found = Seen()
     place(np.empty((5, 3), dtype), src, None, Workspace(), found)
     assert found == Seen(result=True)
-
-
-@given(SHAPES.filter(bool), st.integers(1, 400), st.integers(1, 90))
-@settings(max_examples=200, deadline=None)
-def test_what_is_gathered_comes_whole_and_in_order(
-    shape: tuple[int, ...], cell_bytes: int, slab: int
-) -> None:
-    spec = Spec(shape, FLOAT32)
-    values = np.arange(spec.size, dtype=np.float32).reshape(shape)
-    gather = Gather(shape, run_shape(spec, cell_bytes), FLOAT32, [])
-    begins, given_out = [], b""
-    for at, part in cells(shape, run_shape(spec, slab)):
-        for of_box, into, begin in gather.parts(at, part):
-            into[...] = values[box(at, part)][of_box]
-            whole = gather.filled(begin, into.size)
-            if whole is not None:
-                begins.append(begin)
-                given_out += whole.tobytes()
-                gather.release(begin)
-    assert gather.is_done and given_out == values.tobytes()
-    assert begins == [at for at, _ in cells(shape, run_shape(spec, cell_bytes))]
-
-
-@given(SHAPES, st.integers(1, 500))
-def test_runs_follow_each_other_in_c_order(shape: tuple[int, ...], limit: int) -> None:
-    spec = Spec(shape, FLOAT32)
-    run = run_shape(spec, limit)
-    assert Spec(run, FLOAT32).nbytes <= max(limit, 4)
-    order = np.arange(spec.size).reshape(shape)
-    together = [order[box(at, part)].reshape(-1) for at, part in cells(shape, run)]
-    assert list(itertools.chain(*together)) == list(range(spec.size))
