@@ -10,6 +10,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Asserts in what tests share show what they compared, as those of the tests do.
+pytest.register_assert_rewrite("tests.kit", "tests.faults")
+
 # Under nohup a hang-up is ignored, and so it would be in every process that the tests start and hang up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

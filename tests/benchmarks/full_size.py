@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.checkpoints import is_frozen, save_stream, shapes
+from tests.kit.checkpoints import is_frozen, save_stream, shapes
 
 STOCK = {
     "layers": 18, "heads": 8, "head_dim": 256, "width": 2048, "mlp": 16384,

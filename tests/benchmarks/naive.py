@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import checkpoints
+from tests.kit import checkpoints
 
 Arrays = Mapping[str, np.ndarray]
 PALIGEMMA = "paligemma_with_expert.paligemma"

@@ -15,8 +15,8 @@ import numpy as np
 
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax.ocdbt import index
-from tests import checkpoints
 from tests.faults.table import Scene
+from tests.kit import checkpoints
 
 Provoke = Callable[[Scene], object]
 

@@ -8,7 +8,6 @@ left over, and the process must end: :func:`check` asserts that for every row.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -26,7 +25,8 @@ from typing import Any
 
 import pytest
 
-from tests import checkpoints
+from tests.kit import checkpoints
+from tests.kit.digest import snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 BRIDGE = Path(sys.executable).with_name("bridge")
@@ -254,23 +254,6 @@ def run_here(arguments: list[str]) -> Ran:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Ran(code, out.getvalue(), err.getvalue())
-
-
-def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
-    """Everything below a directory: kind, mode, links, contents."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for root, directories, files in os.walk(directory):
-        for name in [*directories, *files]:
-            path = os.path.join(root, name)
-            state = os.lstat(path)
-            content: Any = None
-            if os.path.islink(path):
-                content = os.readlink(path)
-            elif os.path.isfile(path):
-                with open(path, "rb") as file:
-                    content = hashlib.sha256(file.read()).hexdigest()
-            found[os.path.relpath(path, directory)] = (state.st_mode, state.st_uid, content)
-    return found
 
 
 @cache

@@ -23,7 +23,6 @@ import pytest
 
 from bridge.formats.disk.location import Location
 from bridge.publish.record import check_record, check_whole
-from tests import checkpoints
 from tests.faults.crash import (
     BROKEN,
     BROKEN_FOR_GOOD,
@@ -36,7 +35,8 @@ from tests.faults.crash import (
     Server,
     targets,
 )
-from tests.faults.table import snapshot
+from tests.kit import checkpoints
+from tests.kit.digest import snapshot
 
 EXHAUSTIVE = bool(os.environ.get("BRIDGE_EXHAUSTIVE"))
 OUTPUTS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import bridge
-from tests import checkpoints
+from tests.kit import checkpoints
+from tests.kit.digest import digest
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -169,10 +169,4 @@ def test_two_runs_at_once_one_wins_whole(step: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     bridge.convert(step, tmp_path / "alone", to="torch-merged")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert _bytes(out) == _bytes(tmp_path / "alone")
-
-
-def _bytes(directory: Path) -> dict[str, bytes]:
-    return {
-        os.path.relpath(path, directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    assert digest(out) == digest(tmp_path / "alone")

@@ -1,14 +1,46 @@
-"""Every fault has a row."""
+"""Every row of the table: the fault is provoked, and the user sees what the row says. And every fault has a row."""
 
-from tests.faults.table import FAULTS
-from tests.faults.test_filesystem import ROWS as FILE_SYSTEM
-from tests.faults.test_sources import ROWS as SOURCES
+import os
 
-ROWS = (*FILE_SYSTEM, *SOURCES)
+import pytest
+
+from tests.faults import filesystem, sources
+from tests.faults.table import FAULTS, Fault, Scene, check, provoked, run_here
+
+ROWS = (*filesystem.ROWS, *sources.ROWS)
+
+
+@pytest.mark.parametrize("fault", provoked(filesystem.ROWS))
+def test_fault_of_the_file_system(fault: Fault, scene: Scene) -> None:
+    check(fault, scene)
+
+
+@pytest.mark.parametrize("fault", provoked(sources.ROWS))
+def test_fault_of_a_source(fault: Fault, scene: Scene) -> None:
+    with sources.no_pickle(scene):
+        check(fault, scene)
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in provoked(sources.ROWS)[::9] if fault.values[0].expect.code]
+)
+def test_who_only_looks_is_told_as_well(fault: Fault, scene: Scene) -> None:
+    """inspect, verify and diff read by the same readers, and end the same way: here, a sample of the rows."""
+    assert fault.provoke is not None
+    fault.provoke(scene)
+    for arguments in (["inspect"], ["inspect", "--json"], ["verify"], ["diff", os.fspath(scene.src)]):
+        ran = run_here([*arguments, os.fspath(scene.src)])
+        assert ran.code in (0, 1), ran
+        assert "fault of bridge's own" not in ran.err and "Traceback" not in ran.err, ran.err
 
 
 def test_every_number_has_a_row() -> None:
     assert {fault.number for fault in ROWS} == set(FAULTS)
+
+
+def test_every_fault_of_a_source_has_a_row() -> None:
+    # what changes while it is read is among the faults of the file system
+    assert {fault.number for fault in sources.ROWS} == set(range(1, 33)) - {16}
 
 
 def test_what_cannot_be_provoked_says_why() -> None:

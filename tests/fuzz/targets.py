@@ -32,8 +32,8 @@ from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import FILE, INDEX, TorchSource, open_torch
 from bridge.peft.config import read_config
 from bridge.publish.record import RECORD, check_record, check_whole
-from tests import checkpoints
 from tests.faults import ocdbt
+from tests.kit import checkpoints
 
 #: elements that a run may decode: bounds the memory of a run
 MOST = 1 << 22

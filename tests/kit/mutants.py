@@ -1,0 +1,42 @@
+"""Mistakes planted in bridge itself, for as long as a test runs."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import pytest
+
+import bridge
+from bridge.plugins import adapters
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
+    """A mistake in the tables of rules."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        def altered(adapter: bridge.Adapter) -> bridge.Adapter:
+            models = tuple(
+                dataclasses.replace(
+                    model,
+                    parts=tuple(
+                        dataclasses.replace(part, rules=tuple(map(change, part.rules)))
+                        for part in model.parts
+                    ),
+                )
+                for model in adapter.models
+            )
+            return dataclasses.replace(adapter, models=models)
+
+        known = adapters()
+        mutants = tuple(map(altered, known))
+        assert mutants != known, "nothing was planted"
+        patch.setattr("bridge.checkpoint.match.adapters", lambda: mutants)
+
+    return plant
+
+
+def in_axes(leaf: str, axes: str) -> Plant:
+    """Another axis equation for the leaves that match `leaf`."""
+    return in_rules(lambda rule: dataclasses.replace(rule, axes=axes) if re.search(leaf, rule.leaf) else rule)
