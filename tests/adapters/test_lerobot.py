@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 import bridge
 from bridge.adapters import lerobot
-from bridge.adapters.openpi import ADAPTER
+from bridge.adapters.openpi import FAMILY
 from tests.kit.checkpoints import pi0_tree, save
 
 PRE, POST = "policy_preprocessor", "policy_postprocessor"
@@ -58,7 +58,7 @@ def asset(stats: object, asset_id: str = "my_robot") -> dict[str, bytes]:
 
 def facts(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Facts:
     """Facts of a stock model, but for `sizes` (two underscores for a dot)."""
-    found = next(each for each in ADAPTER.models if each.name == model)
+    found = next(each for each in FAMILY.models if each.name == model)
     layout = found.layout("lerobot")
     assert layout is not None
     changed = {axis.replace("__", "."): size for axis, size in sizes.items()}

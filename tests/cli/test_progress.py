@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import bridge
 from bridge.cli.convert import convert
 from bridge.cli.show import progress
-from bridge.conversion.job import Plan
+from bridge.conversion.plan import Plan
 from bridge.conversion.run import Result
 from bridge.formats.contract import Spent
 from tests.kit import checkpoints

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 import bridge
-from bridge.conversion.job import Plan
+from bridge.conversion.plan import Plan
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats.contract import Slab
-from bridge.stream.inputs import Inputs
+from bridge.checkpoint.inputs import Inputs
 from tests.kit import checkpoints
 from tests.kit.digest import digest
 

@@ -248,7 +248,7 @@ def test_exactly_the_weights_that_differ_are_listed(pair: Pair, form: str) -> No
 @pytest.mark.parametrize("form", REFERENCES)
 def test_sizes_of_differences(pair: Pair, form: str, record_property: Record) -> None:
     """The norm of what differs over the norm of the reference, weight by weight, in float64."""
-    from bridge.checkpoint.checkpoint import open_source, understand
+    from bridge.checkpoint.open import open_source, understand
     from bridge.compare.base import differences
 
     source, reference = (understand(open_source(path)) for path in (pair.source, pair.home / form))

@@ -18,7 +18,7 @@ from bridge.arrays import BFLOAT16
 from bridge.errors import Refusal, SourceRefused
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax.ocdbt import index
-from bridge.publish.atomic import RECORD
+from bridge.publish.record import RECORD
 from tests.kit import checkpoints
 from tests.kit.checkpoints import Tree
 from tests.kit.digest import snapshot

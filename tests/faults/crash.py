@@ -118,13 +118,14 @@ def _serve() -> None:
     import bridge.conversion.run
     import bridge.formats.disk.syscalls
     import bridge.proof.peft_skeleton
-    from bridge.plugins import adapters, formats
+    from bridge.formats.contract import formats
+    from bridge.rules.family import families
 
     # PEFT's loading takes seconds and writes nothing
     bridge.proof.peft_skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
     # write-behind is for large parts, and these are small
     bridge.formats.disk.syscalls.PART_BYTES = 1
-    adapters(), formats()
+    families(), formats()
     for name in dir(bridge):
         getattr(bridge, name)  # each is imported when it is first asked for
     for line in sys.stdin:

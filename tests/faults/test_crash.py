@@ -203,7 +203,7 @@ def hold(dst: Path, old: Any, new: Any, status: int, case: str) -> str:
     """Which of the two outputs lies there, whole; fails for anything else."""
     state = snapshot(dst) if dst.exists() else None
     if state == new:
-        from bridge.checkpoint.checkpoint import open_source
+        from bridge.checkpoint.open import open_source
 
         location = Location.parse(dst)
         assert check_whole(location) == [], case

@@ -13,7 +13,7 @@ import pytest
 
 import bridge
 from bridge.arrays import box
-from bridge.checkpoint.checkpoint import open_source
+from bridge.checkpoint.open import open_source
 from bridge.errors import SourceRefused
 from bridge.formats.disk import readahead as part
 from bridge.formats.disk.location import Location, tensorstore_context

@@ -455,13 +455,13 @@ def _record_seeds() -> list[bytes]:
 def _config(data: bytes, scratch: Path) -> None:
     from safetensors.numpy import save_file
 
-    from bridge.plugins import adapters
+    from bridge.rules.family import families
 
     if not (scratch / FILE).exists():
         save_file({"a": np.ones(3, np.float32)}, scratch / FILE)
     (scratch / "config.json").write_bytes(data)
     config = open_torch(Location.parse(scratch)).metadata.get("config.json")
-    for adapter in adapters():
+    for adapter in families():
         if adapter.known_sizes is not None and isinstance(config, dict):
             assert all(type(size) is int and size > 0 for size in adapter.known_sizes(config).values())
 

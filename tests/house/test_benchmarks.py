@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bridge
-from bridge.checkpoint.checkpoint import open_source
+from bridge.checkpoint.open import open_source
 from bridge.formats.disk.location import Location
 from tests.benchmarks import bench, floor, full_size, looking, naive, ranges, tables, watched
 from tests.benchmarks.routes import MADE, ROUTES

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 import bridge
-from bridge.plugins import adapters
+from bridge.rules.family import families
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -29,7 +29,7 @@ def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
             )
             return dataclasses.replace(adapter, models=models)
 
-        known = adapters()
+        known = families()
         mutants = tuple(map(altered, known))
         assert mutants != known, "nothing was planted"
         patch.setattr("bridge.checkpoint.match.adapters", lambda: mutants)

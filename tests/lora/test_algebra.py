@@ -60,7 +60,7 @@ def test_delta_is_what_openpi_computes_online(name: str) -> None:
 
     # as the runtime folds: the equation of one weight, its placeholders taken out
     equation = Equation.parse(text)
-    axes = factor_axes(equation.one)
+    axes = factor_axes(equation.of_weight)
     change = np.empty((1, *shape))
     slices = zip(equation.slices(change), equation.slices(a[None]), equation.slices(b[None]), strict=True)
     for (_, into), (_, one_a), (_, one_b) in slices:

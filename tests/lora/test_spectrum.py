@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bridge.lora.spectrum import effective_rank
+from bridge.lora.algebra import effective_rank
 
 
 @pytest.mark.parametrize(

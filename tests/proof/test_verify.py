@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 import bridge
 from bridge import converters
-from bridge.checkpoint.checkpoint import open_source, understand
+from bridge.checkpoint.open import open_source, understand
 from bridge.cli.main import cli
 from bridge.formats.disk.location import Location
 from bridge.graph import State

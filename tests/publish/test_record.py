@@ -9,7 +9,7 @@ import pytest
 
 import bridge
 from bridge.proof.verify import verify
-from bridge.publish.atomic import RECORD
+from bridge.publish.record import RECORD
 from tests.kit import checkpoints
 
 OPTIONS = {

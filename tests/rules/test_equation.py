@@ -109,7 +109,7 @@ def test_text_reads_back(case: Case) -> None:
 
 @given(cases())
 def test_one_is_the_equation_of_a_slice(case: Case) -> None:
-    one = case.equation.one
+    one = case.equation.of_weight
     assert one.placeholders == () and UNIT not in one.left
     assert one.right == case.equation.right
     for _, view in case.equation.slices(case.leaf):

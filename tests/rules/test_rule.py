@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bridge.plugins import adapters
+from bridge.rules.family import families
 from bridge.rules.model import Model, Multiple, Part, Unused
 from bridge.rules.rule import Factors, Rule
 
@@ -73,7 +73,7 @@ def test_a_leaf_cannot_be_another_rules_factor() -> None:
 
 
 def test_every_installed_rule_can_be_pickled_and_used_after() -> None:
-    for adapter in adapters():
+    for adapter in families():
         for model in adapter.models:
             for rule in model.rules:
                 _ = rule.equation, rule.template, rule.factor_leaves
@@ -82,7 +82,7 @@ def test_every_installed_rule_can_be_pickled_and_used_after() -> None:
 
 
 def test_no_two_rules_of_a_model_write_one_name() -> None:
-    for adapter in adapters():
+    for adapter in families():
         for model in adapter.models:
             for layout in model.layouts:
                 forms = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, box
 from bridge.stream import tiles
-from bridge.stream.tiles import Product, Seen, Workspace, place
+from bridge.stream.tiles import NonFinite, Product, Workspace, place
 
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
@@ -39,10 +39,10 @@ def test_moves_and_casts_as_numpy_does(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", edge * edge)
         patch.setattr(tiles, "_WIDTH", edge)
-        seen = Seen()
+        seen = NonFinite()
         place(dst, src, None, Workspace(), seen)
     assert dst.tobytes() == src.astype(target).tobytes()
-    assert seen == Seen()
+    assert seen == NonFinite()
 
 
 @given(
@@ -72,16 +72,16 @@ def test_adds_a_product_to_any_box(output: list[int], inputs: list[int], data: s
         patch.setattr(tiles, "TILE", data.draw(st.integers(1, 9)))
         patch.setattr(tiles, "_WIDTH", data.draw(st.integers(1, 4)))
         product = Product(a, b, 0.5, out_steps, in_steps, at, shape)
-        place(dst[box(at, part)], src[box(at, part)], product, Workspace(), Seen())
+        place(dst[box(at, part)], src[box(at, part)], product, Workspace(), NonFinite())
     before[box(at, part)] = expected[box(at, part)]
     np.testing.assert_allclose(dst, before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("value", "seen"), [(np.nan, Seen(source=True)), (np.inf, Seen(source=True))])
-def test_tells_a_faulty_source(value: float, seen: Seen) -> None:
+@pytest.mark.parametrize(("value", "seen"), [(np.nan, NonFinite(source=True)), (np.inf, NonFinite(source=True))])
+def test_tells_a_faulty_source(value: float, seen: NonFinite) -> None:
     src = np.ones((5, 3), np.float32)
     src[4, 1] = value
-    found = Seen()
+    found = NonFinite()
     place(np.empty((3, 5), np.float32).T, src, None, Workspace(), found)
     assert found == seen
 
@@ -90,6 +90,6 @@ def test_tells_a_faulty_source(value: float, seen: Seen) -> None:
 def test_tells_an_overflow(dtype: np.dtype) -> None:
     src = np.ones((5, 3), np.float32)
     src[4, 1] = 3.4e38
-    found = Seen()
+    found = NonFinite()
     place(np.empty((5, 3), dtype), src, None, Workspace(), found)
-    assert found == Seen(result=True)
+    assert found == NonFinite(result=True)
