@@ -127,7 +127,7 @@ def fit_notes(inputs: Inputs, output: Output) -> list[str]:
         writer = step.writer
         if not isinstance(writer, FactorWriter) or step.factors is None:
             continue
-        ranks = {index: step.factors.rank(index, inputs.sources) for index in writer.indices()}
+        ranks = {index: step.factors.rank(step.rule, index, inputs.sources) for index in writer.indices()}
         change_at = step.factors.open(step.rule, inputs.sources, Done(), None)
         for group in writer.groups():
             if sum(ranks[index] for index in group) <= writer.rank:

@@ -21,6 +21,7 @@ from bridge.errors import Problem
 from bridge.formats.contract import Source, Spent
 from bridge.lora.factors import Factors, LowRank, Matrices
 from bridge.rules.equation import UNIT, Index
+from bridge.rules.factoring import RANK
 from bridge.rules.rule import Rule
 
 Tick = Callable[[int], None]
@@ -120,7 +121,7 @@ class FactorReader(Protocol):
         """Where both factors of a weight lie, for messages."""
         ...
 
-    def rank(self, index: Index, sources: Sources) -> int:
+    def rank(self, rule: Rule, index: Index, sources: Sources) -> int:
         """Rank of a weight's factors, by their shapes; 0 where it has none."""
         ...
 
@@ -298,8 +299,9 @@ class LeafFactors:
         a, b = rule.factor_leaves
         return (a, index), (b, index)
 
-    def rank(self, index: Index, sources: Sources) -> int:
-        raise NotImplementedError("leaves are not joined into leaves")
+    def rank(self, rule: Rule, index: Index, sources: Sources) -> int:
+        axes = rule.factor_axes
+        return sources[self.source].specs[self.a].shape[axes.a.index(RANK)]
 
     def memory(self, sources: Sources) -> int:
         return sum(sources[source].specs[name].nbytes for source, name in self.reads)
@@ -337,7 +339,7 @@ class ModuleFactors:
         (_, a), (_, b), _ = self.modules[index]
         return (a, None), (b, None)
 
-    def rank(self, index: Index, sources: Sources) -> int:
+    def rank(self, rule: Rule, index: Index, sources: Sources) -> int:
         if index not in self.modules:
             return 0
         source, name = self.modules[index][0]
