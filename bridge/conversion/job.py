@@ -13,6 +13,7 @@ from bridge.conversion.options import Options
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
 from bridge.lora.factors import Scale
+from bridge.proof.peft import Prover
 from bridge.rules.model import Layout
 from bridge.stream.output import Output
 from bridge.stream.step import Step
@@ -38,6 +39,8 @@ class Job:
     """The directories it makes, the destination itself first."""
     notes: tuple[str, ...]
     options: Options
+    prover: Prover | None = None
+    """What the destination must pass before it is published."""
     overwrite: bool = False
     workers: int = 2
     stamps: Mapping[str, Stamp] = field(default_factory=dict)

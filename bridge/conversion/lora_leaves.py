@@ -123,9 +123,8 @@ def fit_notes(inputs: Inputs, output: Output) -> list[str]:
     """
     misfits: dict[str, list[str]] = {}
     errors: dict[str, float] = {}
-    for step in output.steps:
-        writer = step.writer
-        if not isinstance(writer, FactorWriter) or step.factors is None:
+    for step, writer in output.steps_of(FactorWriter):
+        if step.factors is None:
             continue
         ranks = {index: step.factors.rank(step.rule, index, inputs.sources) for index in writer.indices()}
         change_at = step.factors.open(step.rule, inputs.sources, Done(), None)

@@ -157,6 +157,7 @@ def plan(
         outputs=outputs,
         notes=(*checkpoint.source.notes, *_link_notes(checkpoint.source), *built.notes, *notes),
         options=options,
+        prover=built.prover,
         overwrite=options["overwrite"],
         workers=options["workers"],
         stamps=stamps,

@@ -14,6 +14,7 @@ from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.options import Options
 from bridge.graph import State
 from bridge.lora.factors import Scale
+from bridge.proof.peft import Prover
 from bridge.rules.model import Bound, Layout
 from bridge.rules.rule import Rule
 from bridge.stream.output import Output
@@ -94,3 +95,5 @@ class Built:
     notes: tuple[str, ...] = ()
     approximated: bool = False
     """Whether factors are approximated."""
+    prover: Prover | None = None
+    """What the destination must pass before it is published."""

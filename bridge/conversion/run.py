@@ -15,9 +15,7 @@ from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueR
 from bridge.formats.contract import Format, Sink, Spent, format_named
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import changed
-from bridge.graph import Form
-from bridge.proof.peft import Proof, prove_adapter
-from bridge.proof.peft_skeleton import import_peft
+from bridge.proof.peft import Proof
 from bridge.publish.atomic import publishing
 from bridge.publish.record import RECORD, combined
 from bridge.stream.output import Output
@@ -87,9 +85,9 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
     counter = Counter(job.bytes_decoded, progress)
     spent = Spent()
     notes: list[str] = []
-    # PEFT takes seconds to import: it begins while the adapter is made
-    importing = import_peft() if job.output.state.form is Form.ADAPTER else None
     proof = None
+    # what a proof needs takes seconds to import: that begins while the output is made
+    started = None if job.prover is None else job.prover.start()
     with publishing(job.destination, overwrite=job.overwrite, notes=notes) as directory:
         try:
             checksums = {
@@ -102,8 +100,8 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
                 raise SourceRefused(*problems) from error
             raise
         refuse_if(changed(job.stamps), SourceRefused)
-        if importing is not None:
-            proof = prove_adapter(directory, job.output, job.inputs, job.workers, importing)
+        if job.prover is not None and started is not None:
+            proof = job.prover.check(directory, job.output, job.inputs, job.workers, started)
     return Result(
         destination=job.destination,
         bytes_read=job.bytes_read,

@@ -21,6 +21,7 @@ from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import Form
 from bridge.lora.algebra import compress
 from bridge.peft.config import PREFIX, A, B, Target, compose_config, module_of
+from bridge.proof.peft import PEFT
 from bridge.rules.model import Bound
 from bridge.rules.names import grouped
 from bridge.stream.output import Output, collect
@@ -68,7 +69,9 @@ def build_adapter(request: Request) -> Built:
         adapter.with_files({"README.md": card}),
         *([_base_output(request)] if options["with_base"] else []),
     )
-    return Built(outputs=outputs, notes=tuple(notes), approximated=compress_to(options) is not None)
+    return Built(
+        outputs=outputs, notes=tuple(notes), approximated=compress_to(options) is not None, prover=PEFT
+    )
 
 
 def _base_output(request: Request) -> Output:
@@ -223,9 +226,8 @@ def _unsavable(
 def _rank_notes(request: Request, adapter: Output) -> list[str]:
     ranks = [
         pair.spec_a.shape[0]
-        for step in adapter.steps
-        if isinstance(step.writer, AdapterWriter)
-        for pair in step.writer.pairs.values()
+        for _, writer in adapter.steps_of(AdapterWriter)
+        for pair in writer.pairs.values()
     ]
     if max(ranks) <= SERVER_RANK:
         return []
@@ -240,9 +242,8 @@ def compression_errors(request: Request, adapter: Output) -> dict[str, float]:
     """The relative Frobenius error of every module that an adapter's rank limit changes, by its path."""
     errors: dict[str, float] = {}
     limit = compress_to(request.options)
-    for step in adapter.steps:
-        writer = step.writer
-        if not isinstance(writer, AdapterWriter) or limit is None or step.factors is None:
+    for step, writer in adapter.steps_of(AdapterWriter):
+        if limit is None or step.factors is None:
             continue
         change_at = step.factors.open(step.rule, request.inputs.sources, Done(), None)
         for index, pair in writer.pairs.items():

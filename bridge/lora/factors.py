@@ -29,6 +29,11 @@ class LowRank(Protocol):
         """What the product is multiplied by at run time."""
         ...
 
+    @property
+    def axes(self) -> FactorAxes | None:
+        """The axes of factors that are stored as the JAX runtime applies them."""
+        ...
+
     def matrices(self, dtype: np.dtype | None = None) -> Matrices:
         """The two matrices whose product it is.
 
@@ -47,6 +52,10 @@ class Matrices:
     b: np.ndarray
     """(out, rank)"""
     scale: float
+
+    @property
+    def axes(self) -> None:
+        return None
 
     def matrices(self, dtype: np.dtype | None = None) -> Matrices:
         if dtype is None:

@@ -17,7 +17,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -95,6 +95,16 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Prover:
+    """A proof that an output must pass before it is published."""
+
+    start: Callable[[], threading.Thread]
+    """Called before the output is made: what the proof needs is imported meanwhile."""
+    check: Callable[[Path, Output, Inputs, int, threading.Thread], Proof]
+    """Check the finished directory. Raises ProofFailed."""
+
+
+@dataclass(frozen=True)
 class Check:
     """One number about one module."""
 
@@ -138,7 +148,11 @@ def prove_adapter(
     with one_thread():
         model, loaded = load_on_skeleton(directory, _weight_shapes(output, inputs))
         layers = lora_layers(model)
-        planned = {_path(pair): pair for _, writer in _steps(output) for pair in writer.pairs.values()}
+        planned = {
+            _path(pair): pair
+            for _, writer in output.steps_of(AdapterWriter)
+            for pair in writer.pairs.values()
+        }
         problems += [*loaded, *_module_problems(directory, layers, planned.keys())]
         problems += _saved_problems(directory, config, model, output)
         problems += _pattern_problems(directory, config, layers)
@@ -207,7 +221,7 @@ def _saved_problems(directory: Path, config: AdapterConfig, model: Any, output: 
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    pairs = {name for step in output.steps if isinstance(step.writer, AdapterWriter) for name in step.specs}
+    pairs = {name for step, _ in output.steps_of(AdapterWriter) for name in step.specs}
     planned = {module_of(name) for name in output.specs.keys() - pairs}
     return [
         Problem(f"{directory}: {name} is saved whole by {'PEFT' if name in found else 'the plan'} alone", FIX)
@@ -262,13 +276,6 @@ def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[
     return problems
 
 
-def _steps(output: Output) -> Iterator[tuple[Step, AdapterWriter]]:
-    """The steps that write factors."""
-    for step in output.steps:
-        if isinstance(step.writer, AdapterWriter):
-            yield step, step.writer
-
-
 def _path(pair: Pair) -> str:
     return pair.a.removesuffix(A).removeprefix(PREFIX)
 
@@ -283,7 +290,9 @@ def _checks(output: Output, inputs: Inputs, workers: int, layers: Mapping[str, A
             return list(_step_checks(output, inputs, step, writer, number, layers))
 
     with ThreadPoolExecutor(workers) as pool:
-        return [each for checks in pool.map(check, enumerate(_steps(output))) for each in checks]
+        return [
+            each for checks in pool.map(check, enumerate(output.steps_of(AdapterWriter))) for each in checks
+        ]
 
 
 def _step_checks(
@@ -376,3 +385,7 @@ def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     gap, norm = float((actual - expected).norm()), float(expected.norm())
     return gap / norm if norm else gap
+
+
+PEFT = Prover(import_peft, prove_adapter)
+"""The installed PEFT loads an adapter, and applies all of it."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bridge.compare.sides import SideWeight
-from bridge.lora.factors import Factors, Matrices
+from bridge.lora.factors import Matrices
 from bridge.rules.equation import Equation
 from bridge.torch_arrays import one_thread, tensor
 
@@ -58,7 +58,6 @@ def jax_forward(equation: str, x: np.ndarray, weight: SideWeight) -> Outputs:
     labels, output = _labels(equation)
     axis = next(position for position, label in enumerate(labels) if label in output)
     factors = weight.change
-    assert factors is None or isinstance(factors, Factors)
     exact: list[np.ndarray] = []
     narrow: list[np.ndarray] = []
     with jax.default_matmul_precision("highest"), jax.default_device(jax.devices("cpu")[0]):
@@ -66,12 +65,12 @@ def jax_forward(equation: str, x: np.ndarray, weight: SideWeight) -> Outputs:
             w = np.ascontiguousarray(weight.w[(*[slice(None)] * axis, slab)])
             equations: tuple[str, ...] = ()
             a, b, scale = None, None, 1.0
-            if factors is not None:
-                equations, scale = factors.axes.einsums(equation), factors.scale
-                cut = factors.axes.equation.left[axis]
+            if factors is not None and factors.axes is not None:
+                axes = factors.axes
+                equations, scale, cut = axes.einsums(equation), factors.scale, axes.equation.left[axis]
                 a, b = (
                     factor[tuple(slab if name == cut else slice(None) for name in names)]
-                    for factor, names in ((factors.a, factors.axes.a), (factors.b, factors.axes.b))
+                    for factor, names in ((factors.a, axes.a), (factors.b, axes.b))
                 )
             results = _einsums()((equation, *equations), x, w, a, b, scale)
             for kept, result in zip((exact, narrow), results, strict=True):

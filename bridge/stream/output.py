@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from bridge.arrays import Spec
 from bridge.graph import State
 from bridge.rules.model import Layout
 from bridge.stream.step import Step
+from bridge.stream.writers import Writer
+
+W = TypeVar("W", bound=Writer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,10 @@ class Output:
     def main_dtype(self) -> str:
         """dtype of most tensors."""
         return Counter(spec.dtype.name for spec in self.specs.values()).most_common(1)[0][0]
+
+    def steps_of(self, writer: type[W]) -> Iterator[tuple[Step, W]]:
+        """The steps that write by one kind of writer, with it."""
+        return ((step, step.writer) for step in self.steps if isinstance(step.writer, writer))
 
     def with_files(self, files: Mapping[str, bytes]) -> Output:
         return replace(self, files={**self.files, **files})
