@@ -73,8 +73,8 @@ def convert(
         >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
         >>> alphas = {"paligemma": 8, "expert": 4}
         >>> result = bridge.convert(sample, "pi0_torch", to="torch-merged", lora_alpha=alphas)
-        >>> result.tensors, result.checksum
-        (107, 'fca150609c2ffa876923aa49d4cf73cc')
+        >>> result.tensors
+        107
     """
     return run(plan(src, dst, to=to, **options), progress, executor)
 

@@ -3,119 +3,83 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bridge.converters import STATES, TARGETS
+from bridge.conversion.options import OUTPUT, Options
 from bridge.errors import printable
 
-from .options import lora, ranks
+from .options import Command, GroupedOption, Names, attributes, options, spellings, write_section
 from .show import columns, common, progress, say
 
 if TYPE_CHECKING:
     from bridge import Plan, Result
 
-FORMATS = sorted({state.name for state in STATES})
+
+def targets() -> tuple[str, ...]:
+    """The formats that can be written."""
+    from bridge.conversion.converters import targets
+
+    return targets()
 
 
-@click.command()
+class Convert(Command):
+    """``bridge convert``, with the options of the families that are installed."""
+
+    @cached_property
+    def family_params(self) -> list[click.Parameter]:
+        from bridge.conversion.settings import family_options
+
+        return [
+            GroupedOption(
+                spellings(keyword, option),
+                **attributes(option, f"Models of {' and '.join(family.name for family in sharing)}"),
+            )
+            for keyword, (option, sharing) in family_options().items()
+        ]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *self.family_params]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from bridge.rules.family import families
+
+        rows = []
+        for family in families():
+            models = ", ".join(dict.fromkeys(model.name for model in family.models))
+            layouts = dict.fromkeys(layout.name for model in family.models for layout in model.layouts)
+            rows.append((family.name, f"models {models}; layouts {', '.join(layouts)}"))
+        write_section(formatter, "Installed families", rows)
+
+
+@click.command(cls=Convert)
 @click.argument("src")
 @click.argument("dst")
-@click.option("--to", type=click.Choice(TARGETS), required=True, help="Format to make.")
-@click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC; it tells itself as a rule.")
 @click.option(
-    "--dtype",
-    type=click.Choice(("keep", "float32", "bfloat16", "float16")),
-    help="dtype to write; default bfloat16, or float32 when LoRA is folded. The narrow ones keep in float32 "
-    "what openpi's runtime holds in float32.",
+    "--to",
+    cls=GroupedOption,
+    group=OUTPUT,
+    type=Names(targets),
+    required=True,
+    help="Format to write.",
 )
-@lora
-@click.option("--layout", default="openpi", show_default=True, help="Names: openpi, lerobot or transformers.")
-@click.option(
-    "--base", metavar="PATH", help="Weights an adapter applies to; with --to peft-adapter, to compare with."
-)
-@click.option("--with-base", is_flag=True, help="Write the base an adapter applies to into DST/base.")
-@click.option("--base-name", metavar="NAME", help="An adapter's base_model_name_or_path.")
-@click.option("--keep-alpha", is_flag=True, help="Keep an adapter's factors bit for bit, the scale as alpha.")
-@click.option(
-    "--rank",
-    multiple=True,
-    metavar="[EXPERT=]RANK",
-    callback=ranks,
-    help="With --to peft-adapter: compress modules to this rank, by SVD. With --to orbax: rank of the LoRA leaves.",
-)
-@click.option(
-    "--modules-to-save", is_flag=True, help="Put the weights that differ from --base into the adapter."
-)
-@click.option("--fold", is_flag=True, help="With --to orbax: sum the adapter into the weights.")
-@click.option("--lossy", is_flag=True, help="With --to orbax: approximate factors that do not fit, by SVD.")
-@click.option(
-    "--value-suffix", is_flag=True, help="With --to orbax: end leaves in 'value', as training does."
-)
-@click.option("--action-horizon", type=click.IntRange(1), help="Length of an action chunk, for config.json.")
+@options(Options)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, once the new one is whole, if bridge wrote it.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @common
-def convert(
-    src: str,
-    dst: str,
-    to: str,
-    from_: str | None,
-    dtype: str | None,
-    lora_alpha: dict[str, float],
-    rslora: bool,
-    layout: str,
-    base: str | None,
-    with_base: bool,
-    base_name: str | None,
-    keep_alpha: bool,
-    rank: int | dict[str, int] | None,
-    modules_to_save: bool,
-    fold: bool,
-    lossy: bool,
-    value_suffix: bool,
-    action_horizon: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    workers: int,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def convert(src: str, dst: str, to: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the new directory DST.
 
-    SRC is a training step, its params/, a directory of steps (the newest finished one is taken),
-    a gs:// URL of one, or an adapter's directory. Norm stats travel along. DST appears whole or
-    not at all.
+    SRC is a training step, its params/, a directory of steps (the latest complete step is used), a gs:// URL
+    of any of these, or a directory of PyTorch weights or of an adapter. Norm stats are copied too. DST is
+    written atomically.
     """
     import bridge
 
-    with progress("comparing", quiet=quiet or as_json or base is None) as show:
-        plan = bridge.plan(
-            src,
-            dst,
-            to=to,
-            from_=from_,
-            base=base,
-            dtype=dtype,
-            lora_alpha=lora_alpha or None,
-            rslora=rslora,
-            layout=layout,
-            action_horizon=action_horizon,
-            keep_alpha=keep_alpha,
-            rank=rank,
-            with_base=with_base,
-            base_name=base_name,
-            modules_to_save=modules_to_save,
-            fold=fold,
-            lossy=lossy,
-            value_suffix=value_suffix,
-            overwrite=overwrite,
-            workers=workers,
-            progress=show,
-        )
+    with progress("comparing", quiet=quiet or as_json or options["base"] is None) as show:
+        plan = bridge.plan(src, dst, to=to, progress=show, **options)
     if dry_run:
         if as_json:
             click.echo(json.dumps(_plan_json(plan), indent=2))

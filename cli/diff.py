@@ -5,72 +5,64 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import lora
+from bridge.checkpoint.options import SourceOptions
+
+from .options import Command, options
 from .show import common, progress, say
 
 if TYPE_CHECKING:
-    from bridge.compare.diff import Comparison, Difference
+    from bridge import Comparison
+    from bridge.compare.diff import Difference
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("a")
 @click.argument("b")
-@click.option("--base", metavar="PATH", help="Weights that an adapter among the two applies to.")
-@lora
-@click.option("--only", type=click.Choice(["changed"]), help="Leave out weights that are equal.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Leaves compared at once."
-)
+@options(SourceOptions)
+@click.option("--changed-only", is_flag=True, help="Leave out weights that are equal.")
+@click.option("--only", type=click.Choice(["changed"]), hidden=True)
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
 @common
 def diff(
     a: str,
     b: str,
-    base: str | None,
-    lora_alpha: dict[str, float],
-    rslora: bool,
+    changed_only: bool,
     only: str | None,
-    workers: int,
     report: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what differs between the checkpoints A and B, in any two formats.
 
-    Effective weights are compared, LoRA factors summed in; each line is one kind of weight, the
-    most changed first. Exit status 0 whether they differ or not.
+    Effective weights are compared, LoRA factors summed in; each line is one kind of weight, the most changed
+    first. Exit status 0 whether they differ or not.
     """
-    from bridge.compare.diff import diff as compare
+    import bridge
 
+    # --only changed is how --changed-only was spelled
+    changed_only = changed_only or only is not None
     with progress("comparing", quiet=as_json) as show:
-        comparison = compare(
-            a,
-            b,
-            base=base,
-            lora_alpha=lora_alpha or None,
-            rslora=rslora,
-            workers=workers,
-            progress=show,
-        )
+        comparison = bridge.diff(a, b, progress=show, **options)
     if report is not None:
         from bridge.report.pages import diff_report
 
         report.write_text(diff_report(comparison), encoding="utf-8")
     if as_json:
         found = comparison.as_json()
-        if only:
+        if changed_only:
             found["differences"] = [each for each in found["differences"] if each["changed"]]
         click.echo(json.dumps(found, indent=2))
     else:
-        _print(comparison, only_changed=only is not None)
+        _print(comparison, changed_only=changed_only)
         if report is not None:
             say(f"report       {report}")
 
 
-def _print(comparison: Comparison, *, only_changed: bool) -> None:
+def _print(comparison: Comparison, *, changed_only: bool) -> None:
     say(f"a            {comparison.a}  {comparison.states[0]}")
     say(f"b            {comparison.b}  {comparison.states[1]}")
     say(
@@ -87,7 +79,7 @@ def _print(comparison: Comparison, *, only_changed: bool) -> None:
     head = ("weights", "changed", "relative", "max_abs", "dtypes", "LoRA")
     rows = [head]
     for group in order:
-        if only_changed and not any(each.changed for each in group):
+        if changed_only and not any(each.changed for each in group):
             continue
         dtypes = dict.fromkeys(
             f"{d.dtype_a}" if d.dtype_a == d.dtype_b else f"{d.dtype_a} -> {d.dtype_b}" for d in group

@@ -1,64 +1,119 @@
-"""Options that several commands read the same way."""
+"""Click options from the library's declarations (:mod:`bridge.rules.option`), and ``--help`` under headings."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
+from bridge.rules.option import GENERAL, Option, declared, flag
+
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: width of the first column of ``--help``
+COLUMN = 26
 
-def _by_expert(
-    what: str, values: tuple[str, ...], ctx: click.Context, option: click.Parameter
-) -> dict[str, float]:
-    """Read ``NUMBER`` and ``EXPERT=NUMBER``, repeated or with commas; ``""`` stands for all experts."""
-    found: dict[str, float] = {}
-    for value in (part for text in values for part in text.split(",")):
-        expert, _, text = value.strip().rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is neither {what} nor EXPERT={what}", ctx, option) from None
-        if not math.isfinite(number) or number <= 0:
-            raise click.BadParameter(f"{value!r}: {what.lower()} is a positive number", ctx, option)
-        if expert in found:
-            raise click.BadParameter(
-                f"{what.lower()} of {expert or 'all experts'} is given twice", ctx, option
+
+class Command(click.Command):
+    """A command whose ``--help`` lists options under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and not isinstance(param, click.Argument):
+                groups.setdefault(getattr(param, "group", GENERAL), []).append(record)
+        groups[GENERAL] = groups.pop(GENERAL)
+        for group, records in groups.items():
+            write_section(formatter, group, records)
+
+
+def write_section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
+    """Write a section of ``--help`` with the columns that all sections have."""
+    with formatter.section(heading):
+        formatter.write_dl([(first.ljust(COLUMN), second) for first, second in rows], COLUMN)
+
+
+class GroupedOption(click.Option):
+    """An option below a heading. Only its first spelling is shown."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        spelled, text = record
+        for alias in self.opts[1:]:
+            spelled = spelled.replace(f", {alias}", "")
+        return spelled, text
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """One of the names that a function lists; it is called when they are needed, because it loads plug-ins."""
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self.names = names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names())}]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        names = tuple(self.names())
+        if value not in names:
+            self.fail(f"{value!r} is not one of {', '.join(names)}", param, ctx)
+        return value
+
+
+def options(verb: type) -> Callable[[F], F]:
+    """Give a command the options that a TypedDict declares, in its order."""
+
+    def add(command: F) -> F:
+        # what decorates first is listed last
+        for keyword, option in reversed(list(declared(verb).items())):
+            command = click.option(*spellings(keyword, option), cls=GroupedOption, **attributes(option))(
+                command
             )
-        found[expert] = number
-    return found
+        return command
+
+    return add
 
 
-def alphas(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    """``--lora-alpha``: by expert; ``""`` stands for all."""
-    return _by_expert("ALPHA", values, ctx, option)
+def spellings(keyword: str, option: Option) -> tuple[str, ...]:
+    """What click is told of an option's names: the function's keyword, and the flags."""
+    return keyword, flag(keyword), *option.aliases
 
 
-def ranks(
-    ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
-) -> int | dict[str, int] | None:
-    """``--rank``: one number, or one for each expert."""
-    found = _by_expert("RANK", values, ctx, option)
-    if any(number != int(number) for number in found.values()):
-        raise click.BadParameter("a rank is a whole number", ctx, option)
-    whole = {expert: int(number) for expert, number in found.items()}
-    if "" in whole and len(whole) > 1:
-        raise click.BadParameter("give one rank, or one for each expert", ctx, option)
-    return whole.get("", whole or None)
+def attributes(option: Option, group: str = "") -> dict[str, Any]:
+    """What click is told of an option beside its names; below its own heading or another."""
+    kind = option.kind
 
+    def read(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
+        if kind.flag or not given:
+            return given or option.default
+        try:
+            value = kind.read(",".join(given) if kind.repeatable else given)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}", ctx, param) from None
+        if wrong := kind.wrong(value):
+            raise click.BadParameter(f"{', '.join(wrong)} is not {kind.expects}", ctx, param)
+        return value
 
-def lora(command: F) -> F:
-    """What a checkpoint does not store of its LoRA."""
-    command = click.option("--rslora", is_flag=True, help="The run scaled LoRA by alpha / sqrt(rank).")(
-        command
+    value = (
+        {"is_flag": True}
+        if kind.flag
+        else {"type": str, "metavar": kind.metavar, "multiple": kind.repeatable}
     )
-    return click.option(
-        "--lora-alpha",
-        multiple=True,
-        metavar="[EXPERT=]ALPHA",
-        callback=alphas,
-        help="LoRA alpha of the training config, where no stock rank or bridge.json tells it. Repeatable.",
-    )(command)
+    return {
+        "group": group or option.group,
+        "default": option.default,
+        "show_default": option.default is not None and not kind.flag,
+        "help": option.help,
+        "callback": read,
+        **value,
+    }

@@ -6,35 +6,44 @@ import json
 
 import click
 
-from bridge.converters import CONVERTERS, STATES, TARGETS
 from bridge.graph import Converter, mermaid, route
 
+from .convert import targets
+from .options import Names
 from .show import common, say
 
 
+def sources() -> list[str]:
+    """The formats that can be read."""
+    from bridge.formats.contract import states
+
+    return sorted({state.name for state in states()})
+
+
 @click.command()
-@click.argument(
-    "from_", metavar="[FROM]", required=False, type=click.Choice(sorted({s.name for s in STATES}))
-)
-@click.argument("to", metavar="[TO]", required=False, type=click.Choice(TARGETS))
+@click.argument("from_", metavar="[FROM]", required=False, type=Names(sources))
+@click.argument("to", metavar="[TO]", required=False, type=Names(targets))
 @click.option("--mermaid", "as_mermaid", is_flag=True, help="Print the graph as a mermaid flowchart.")
 @common
 def routes(from_: str | None, to: str | None, as_mermaid: bool, as_json: bool) -> None:
-    """Show what bridge converts: the whole graph, what leads out of FROM, or the way FROM TO.
+    """Show what bridge converts: the whole graph, what leads out of FROM, or the route FROM → TO.
 
-    Each line is a converter with its loss: exact, gauge (the same function, other numbers), round
-    (values are rounded) or drop (something is gone).
+    Each line is a converter with its loss: exact, equivalent (the same function, other numbers), rounded
+    (values are rounded) or lossy (something is gone).
     """
+    from bridge.conversion.converters import converters
+    from bridge.formats.contract import states
+
     if as_mermaid:
-        click.echo(mermaid(CONVERTERS))
+        click.echo(mermaid(converters()))
         return
     if from_ is None:
-        edges = list(CONVERTERS)
+        edges = list(converters())
     elif to is None:
-        edges = [edge for edge in CONVERTERS if edge.source.name == from_]
+        edges = [edge for edge in converters() if edge.source.name == from_]
     else:
-        starts = [state for state in STATES if state.name == from_]
-        edges = list(dict.fromkeys(edge for state in starts for edge in route(CONVERTERS, state, to)))
+        starts = [state for state in states() if state.name == from_]
+        edges = list(dict.fromkeys(edge for state in starts for edge in route(converters(), state, to)))
     if as_json:
         click.echo(json.dumps({"converters": [_as_json(edge) for edge in edges]}, indent=2))
         return

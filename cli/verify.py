@@ -5,75 +5,53 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import lora
+from bridge.proof.options import CHECKS, VerifyOptions
+
+from .options import Command, GroupedOption, options
 from .show import common, progress, say
 
 if TYPE_CHECKING:
-    from bridge.proof.verify import Check, Verdict
+    from bridge import Verdict
+    from bridge.proof.checks import Check
 
 #: modules named one by one when the proof fails
 SHOWN = 12
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("src")
 @click.argument("dst", required=False)
-@click.option("--base", metavar="PATH", help="Weights that an adapter among the two applies to.")
-@lora
+@options(VerifyOptions)
 @click.option(
-    "--rtol", type=click.FloatRange(0, min_open=True), help="Relative difference allowed; by dtype and size."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
-@click.option("--full-model", is_flag=True, help="Also sample actions with stock transformers (pi0).")
-@click.option("--reference", type=click.Path(exists=True, dir_okay=False), help="Recorded actions, an .npz.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Leaves checked at once."
+    "--full-model",
+    cls=GroupedOption,
+    group=CHECKS,
+    is_flag=True,
+    help="Also sample actions with stock transformers (pi0), and compare them with --reference.",
 )
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
 @common
 def verify(
-    src: str,
-    dst: str | None,
-    base: str | None,
-    lora_alpha: dict[str, float],
-    rslora: bool,
-    rtol: float | None,
-    seed: int,
-    full_model: bool,
-    reference: str | None,
-    workers: int,
-    report: Path | None,
-    as_json: bool,
+    src: str, dst: str | None, full_model: bool, report: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Prove that SRC and DST are the same policy; exit status 1 when they are not.
 
-    Random inputs go through openpi's equations in jax on the one side and through torch on the
-    other; all other weights must be equal after the cast; checksums and norm stats are compared.
-    SRC alone is checked against its own bridge.json.
+    Random inputs go through openpi's equations in jax on one side and through torch on the other; all other
+    weights must be equal after the cast; checksums and norm stats are compared. SRC alone is checked against
+    its own bridge.json.
     """
-    from bridge.proof.verify import verify as prove
+    import bridge
 
-    if full_model != (reference is not None):
+    if full_model != (options["reference"] is not None):
         raise click.UsageError(
             "--full-model and --reference go together: the one runs what the other recorded"
         )
     with progress("verifying", quiet=as_json) as show:
-        verdict = prove(
-            src,
-            dst,
-            base=base,
-            lora_alpha=lora_alpha or None,
-            rslora=rslora,
-            rtol=rtol,
-            seed=seed,
-            workers=workers,
-            reference=reference,
-            progress=show,
-        )
+        verdict = bridge.verify(src, dst, progress=show, **options)
     if report is not None:
         from bridge.report.pages import verify_report
 

@@ -6,15 +6,16 @@ rank; any other must be given, because a wrong guess changes the model and nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.options import SourceOptions
 from bridge.errors import Problem
 from bridge.formats.disk.location import Location
 from bridge.lora.factors import Scale
 from bridge.publish.record import read_record
+from bridge.rules.option import declared
 
 
 def scales(
@@ -83,14 +84,7 @@ def scales(
 
 def alpha_problems(given: Mapping[str, float]) -> list[Problem]:
     """Alphas that are not positive numbers."""
-    return [
-        Problem(
-            f"--lora-alpha {name}{'=' if name else ''}{value}: alpha must be a positive number",
-            "take it from the training config",
-        )
-        for name, value in given.items()
-        if not (math.isfinite(value) and value > 0)
-    ]
+    return declared(SourceOptions)["lora_alpha"].problems("lora_alpha", given)
 
 
 def recorded_scales(root: Location) -> dict[str, dict[str, Any]]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from bridge.conversion.options import Options
-from bridge.errors import PluginRefused, Problem, Refusal, refuse_if
+from bridge.errors import PluginRefused, Problem
 from bridge.formats.contract import states
 from bridge.graph import Form, State
 from bridge.rules.family import Family, families
-from bridge.rules.option import Option, complete, declared, flag, unknown
+from bridge.rules.option import Option, declared, flag, unknown, value_problems, with_defaults
 
 
 def family_options() -> dict[str, tuple[Option, list[Family]]]:
@@ -24,7 +24,7 @@ def family_options() -> dict[str, tuple[Option, list[Family]]]:
         for keyword, option in family.options.items():
             known, sharing = declaring.setdefault(keyword, (option, []))
             sharing.append(family)
-            if keyword in declared(Options) or known.kind != option.kind:
+            if keyword in (*declared(Options), "settings") or known.kind != option.kind:
                 other = sharing[0].name if sharing[1:] else "bridge itself"
                 raise PluginRefused(
                     Problem(
@@ -43,22 +43,18 @@ def read_options(given: Options) -> Options:
 
     Raises:
         TypeError: a keyword is not an option, or a value is of another type.
-        Refusal: values that are not allowed, all at once.
     """
     values: dict[str, Any] = dict(given)
     chosen: dict[str, Any] = dict(values.pop("settings", None) or {})
     chosen |= {keyword: values.pop(keyword) for keyword in list(values) if keyword not in declared(Options)}
-    options = complete(Options, values)
+    options = with_defaults(Options, values)
     known = family_options() if chosen else {}
     settings: dict[str, Any] = {}
-    problems = []
     for keyword, value in chosen.items():
         if keyword not in known:
             raise unknown(keyword, (*declared(Options), *known))
         option, _ = known[keyword]
         settings[keyword] = option.convert(keyword, value)
-        problems += option.problems(keyword, settings[keyword])
-    refuse_if(problems, Refusal)
     options["settings"] = {k: value for k, value in settings.items() if value != known[k][0].default}
     return options
 
@@ -72,8 +68,10 @@ def settings_of(family: Family, options: Options) -> dict[str, Any]:
 
 
 def option_problems(options: Options, family: Family, source: State, target: State) -> list[Problem]:
-    """Options that would be ignored in silence, or that need others."""
+    """Options whose values are not allowed, that would be ignored silently, or that need others."""
     problems = [
+        *value_problems(declared(Options), cast(Mapping[str, Any], options)),
+        *value_problems(family.options, options["settings"]),
         *_without_effect(declared(Options), cast(Mapping[str, Any], options), source, target),
         *_without_effect(family.options, options["settings"], source, target),
     ]

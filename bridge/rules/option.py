@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -298,7 +298,7 @@ def declared(options: type) -> Mapping[str, Option]:
     }
 
 
-def complete(options: type[T], given: Mapping[str, Any]) -> T:
+def with_defaults(options: type[T], given: Mapping[str, Any]) -> T:
     """All options of a TypedDict: the values given, and defaults for the others.
 
     Args:
@@ -307,22 +307,32 @@ def complete(options: type[T], given: Mapping[str, Any]) -> T:
 
     Raises:
         TypeError: a keyword is not an option, or a value is of another type.
-        Refusal: values that are not allowed, all at once.
     """
     known = declared(options)
     for keyword in given:
         if keyword not in known:
             raise unknown(keyword, known)
-    values = {keyword: option.convert(keyword, given.get(keyword)) for keyword, option in known.items()}
-    refuse_if(
-        (
-            problem
-            for keyword, option in known.items()
-            for problem in option.problems(keyword, values[keyword])
-        ),
-        Refusal,
+    return cast(
+        T, {keyword: option.convert(keyword, given.get(keyword)) for keyword, option in known.items()}
     )
-    return cast(T, values)
+
+
+def value_problems(known: Mapping[str, Option], values: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the values of options, by keyword."""
+    for keyword, option in known.items():
+        yield from option.problems(keyword, values.get(keyword))
+
+
+def complete(options: type[T], given: Mapping[str, Any]) -> T:
+    """All options of a TypedDict, as :func:`with_defaults`, refusing values that are not allowed.
+
+    Raises:
+        TypeError: a keyword is not an option, or a value is of another type.
+        Refusal: values that are not allowed, all at once.
+    """
+    values = with_defaults(options, given)
+    refuse_if(value_problems(declared(options), cast(Mapping[str, Any], values)), Refusal)
+    return values
 
 
 def documented(options: type) -> str:

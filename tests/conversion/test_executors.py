@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 import bridge
+from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.plan import Plan
 from bridge.errors import Refusal, SourceRefused, ValueRefused
 from bridge.formats.contract import Slab
-from bridge.checkpoint.inputs import Inputs
 from tests.kit import checkpoints
 from tests.kit.digest import digest
 

@@ -788,32 +788,32 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "half a rank": ({"rank": {"expert": 3.5}, "lora_alpha": 1.0}, r"--rank is 3\.5", "positive"),
     "alpha 0": (
         {"rank": RANK, "lora_alpha": 0.0},
-        r"--lora-alpha 0\.0: alpha is a positive number",
+        r"--lora-alpha is 0\.0",
         "LoRAConfig",
     ),
     "alpha below 0": (
         {"rank": RANK, "lora_alpha": {"expert": -1.0}},
-        r"--lora-alpha expert=-1\.0",
+        r"--lora-alpha is -1\.0 for expert",
         "LoRAConfig",
     ),
-    "alpha is no number": ({"rank": RANK, "lora_alpha": float("nan")}, r"--lora-alpha nan", "LoRAConfig"),
+    "alpha is no number": ({"rank": RANK, "lora_alpha": float("nan")}, r"--lora-alpha is nan", "LoRAConfig"),
     "fold and rank": (
         {"fold": True, "rank": 3},
-        r"--rank says nothing about orbax\[base\]",
+        r"--rank has no effect from peft-adapter\[lora\] to orbax\[base\]",
         "leave --rank out",
     ),
     "fold and lossy": (
         {"fold": True, "lossy": True},
-        r"--lossy says nothing about orbax\[base\]",
+        r"--lossy has no effect from peft-adapter\[lora\] to orbax\[base\]",
         "leave --lossy",
     ),
     "fold and alpha": ({"fold": True, "lora_alpha": 3.0}, r"--lora-alpha is given", "leave --lora-alpha out"),
     "keep alpha": (
         {**NAMED, "keep_alpha": True},
-        r"--keep-alpha says nothing about orbax\[base\+lora\]",
+        r"--keep-alpha has no effect with --to orbax",
         "leave",
     ),
-    "layout": ({**NAMED, "layout": "lerobot"}, r"--layout says nothing about orbax\[base\+lora\]", "leave"),
+    "layout": ({**NAMED, "layout": "lerobot"}, r"--layout has no effect with --to orbax", "leave"),
     "no base": ({"base": None}, r"no route from peft-adapter\[lora\] to orbax without a base", "--base PATH"),
 }
 

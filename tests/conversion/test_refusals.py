@@ -620,8 +620,8 @@ OPTIONS = {
         r"pi05 has no layout transformers",
         lambda s: (tree(model="pi05", lora={})(s), s.options.update(layout="transformers")),
     ),
-    "unknown dtype": Row(r"float8 is no dtype for weights", options(dtype="float8")),
-    "a dtype that is no weight's": Row(r"int32 is no dtype for weights", options(dtype="int32")),
+    "unknown dtype": Row(r"--dtype is float8", options(dtype="float8")),
+    "a dtype that is no weight's": Row(r"--dtype is int32", options(dtype="int32")),
     "unknown target": Row(r"no route from orbax\[base\+lora\] to nonsense", options(to="nonsense")),
 }
 
@@ -705,7 +705,7 @@ def test_all_faults_are_said_at_once(scene: Scene) -> None:
         "int32",
         "paligemma.width is 5",
         "no layout nonsense",
-        "float8 is no dtype",
+        "--dtype is float8",
         "paligemma has LoRA of rank 5 and unknown alpha",
         "exists",
     ):

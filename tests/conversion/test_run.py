@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import bridge
+from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.plan import Plan
 from bridge.conversion.run import run_steps
 from bridge.errors import OutputRefused, SourceRefused
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax import stream
-from bridge.checkpoint.inputs import Inputs
 from bridge.stream.step import Step
 from tests.kit import checkpoints
 from tests.kit.digest import digest
