@@ -20,7 +20,9 @@ PLAIN = Model("plain", (Part("p", (Rule("k", "k", "a b -> b a"),)),))
 
 
 def test_agreement() -> None:
-    sizes, problems = solve([Dimension(("p.a",), 5, "x"), Dimension(("p.a",), 5, "y"), Dimension(("p.b",), 7, "x")], PLAIN)
+    sizes, problems = solve(
+        [Dimension(("p.a",), 5, "x"), Dimension(("p.a",), 5, "y"), Dimension(("p.b",), 7, "x")], PLAIN
+    )
     assert sizes == {"p.a": 5, "p.b": 7} and problems == []
 
 
@@ -102,7 +104,8 @@ def test_products_that_determine_all_sizes_do(numbers: list[int], random: object
     # a chain: the first alone, each with its neighbour
     seen = [Dimension((axes[0],), numbers[0], "first")]
     seen += [
-        Dimension((one, two), math.prod((truth[one], truth[two])), one) for one, two in itertools.pairwise(axes)
+        Dimension((one, two), math.prod((truth[one], truth[two])), one)
+        for one, two in itertools.pairwise(axes)
     ]
     random.shuffle(seen)  # type: ignore[attr-defined]
     assert solve(seen, PLAIN) == (truth, [])

@@ -64,7 +64,7 @@ def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[tuple[str
 
 
 def room(name: str) -> str:
-    return (name.split(".") + [""])[1]
+    return name.split(".")[1] if "." in name else ""
 
 
 def floor(name: str) -> int:

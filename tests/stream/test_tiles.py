@@ -77,7 +77,9 @@ def test_adds_a_product_to_any_box(output: list[int], inputs: list[int], data: s
     np.testing.assert_allclose(dst, before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("value", "seen"), [(np.nan, NonFinite(source=True)), (np.inf, NonFinite(source=True))])
+@pytest.mark.parametrize(
+    ("value", "seen"), [(np.nan, NonFinite(source=True)), (np.inf, NonFinite(source=True))]
+)
 def test_tells_a_faulty_source(value: float, seen: NonFinite) -> None:
     src = np.ones((5, 3), np.float32)
     src[4, 1] = value
