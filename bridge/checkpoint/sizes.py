@@ -1,7 +1,8 @@
 """Dimensions of a model, worked out from the shapes in a checkpoint.
 
-Every dimension of every array is each equation: the product of its axes is its length. Leaves
-give each axis each; weights give groups (``(head dim)``), solved once all but each axis is known.
+Every dimension of every array is an equation: the product of its axes is its length. A leaf's
+dimensions are single axes; a weight's may be groups (``(head dim)``), solved once all but one of
+their axes are known.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_GAP = 1000
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of each stored array: the product of ``axes`` is ``length``."""
+    """One dimension of a stored array: the product of ``axes`` is ``length``."""
 
     axes: tuple[str, ...]
     """Qualified and canonical."""
@@ -34,7 +35,7 @@ class Dimension:
 def dimensions(
     model: Model, part: Part, dims: Iterable[tuple[tuple[str, ...], int]], where: str
 ) -> Iterator[Dimension]:
-    """The dimensions of each array.
+    """The dimensions of one array.
 
     Args:
         model: for the names under which sizes are kept.
@@ -70,7 +71,7 @@ class Numbers:
         self._counts: dict[tuple[str, str], set[int]] = {}
 
     def add(self, part: Part, at: Mapping[str, int]) -> None:
-        """The numbers in each name of a part."""
+        """The numbers in a name of a part."""
         for axis, number in at.items():
             self._counts.setdefault((part.name, axis), set()).add(number)
 
@@ -101,8 +102,8 @@ def solve(
 ) -> tuple[dict[str, int], list[Problem]]:
     """Find the size of every axis, and every array that disagrees.
 
-    Where arrays disagree, the size most of them have is taken for the true each, so that the
-    message names the odd each out.
+    Where arrays disagree, the size of the majority is taken as right, so that the message names the
+    odd one out.
 
     Args:
         seen: every dimension of every array.
@@ -112,53 +113,71 @@ def solve(
     Returns:
         Sizes by canonical axis (axes that no equation fixes are absent), and the problems.
     """
-    votes: defaultdict[str, list[Dimension]] = defaultdict(list)
+    single: defaultdict[str, list[Dimension]] = defaultdict(list)
     groups: list[Dimension] = []
     for dimension in seen:
         if len(dimension.axes) == 1:
-            votes[dimension.axes[0]].append(dimension)
+            single[dimension.axes[0]].append(dimension)
         else:
             groups.append(dimension)
-
     sizes = dict(known or {})
-    problems: list[Problem] = []
-    for axis, members in votes.items():
-        if axis not in sizes:
-            sizes[axis] = Counter(each.length for each in members).most_common(1)[0][0]
-        agree = next((each.where for each in members if each.length == sizes[axis]), "the config")
-        problems += [
-            _disagree(axis, each, sizes[axis], agree) for each in members if each.length != sizes[axis]
-        ]
+    problems = _solve_axes(single, sizes)
+    unsolved = _solve_groups(groups, sizes, problems)
+    return sizes, [*problems, *_product_problems(unsolved), *_multiple_problems(model, sizes)]
 
+
+def _solve_axes(single: Mapping[str, list[Dimension]], sizes: dict[str, int]) -> list[Problem]:
+    """Add the size that most arrays give each axis; what the others give is a problem."""
+    problems = []
+    for axis, dimensions in single.items():
+        if axis not in sizes:
+            sizes[axis] = _majority(dimensions)
+        agree = next((each.where for each in dimensions if each.length == sizes[axis]), "the config")
+        problems += [
+            _disagree(axis, each, sizes[axis], agree) for each in dimensions if each.length != sizes[axis]
+        ]
+    return problems
+
+
+def _solve_groups(groups: list[Dimension], sizes: dict[str, int], problems: list[Problem]) -> list[Dimension]:
+    """Add the axes that products give, as long as there are any; gives the products that stay open."""
     unsolved = groups
     while True:
         later: list[Dimension] = []
-        for each in unsolved:
-            unknown = [axis for axis in each.axes if axis not in sizes]
-            rest = math.prod(sizes[axis] for axis in each.axes if axis in sizes)
-            if not unknown and rest != each.length:
-                problems.append(_disagree(" x ".join(each.axes), each, rest, "the other tensors"))
-            elif len(unknown) == 1 and rest > 0 and each.length % rest == 0:
-                sizes[unknown[0]] = each.length // rest
+        for group in unsolved:
+            unknown = [axis for axis in group.axes if axis not in sizes]
+            rest = math.prod(sizes[axis] for axis in group.axes if axis in sizes)
+            if not unknown and rest != group.length:
+                problems.append(_disagree(" x ".join(group.axes), group, rest, "the other tensors"))
+            elif len(unknown) == 1 and rest > 0 and group.length % rest == 0:
+                sizes[unknown[0]] = group.length // rest
             elif len(unknown) == 1:
-                problems.append(_indivisible(each, rest))
+                problems.append(_indivisible(group, rest))
             elif unknown:
-                later.append(each)
+                later.append(group)
         if len(later) == len(unsolved):
-            break
+            return later
         unsolved = later
 
-    # a product none of whose axes is known has each length all the same
-    products: defaultdict[tuple[str, ...], list[Dimension]] = defaultdict(list)
-    for each in unsolved:
-        products[each.axes].append(each)
-    for axes, members in products.items():
-        length = Counter(each.length for each in members).most_common(1)[0][0]
-        agree = next(each.where for each in members if each.length == length)
-        problems += [
-            _disagree(" x ".join(axes), each, length, agree) for each in members if each.length != length
-        ]
 
+def _product_problems(unsolved: list[Dimension]) -> list[Problem]:
+    """A product none of whose axes is known still has one length in all arrays."""
+    products: defaultdict[tuple[str, ...], list[Dimension]] = defaultdict(list)
+    for group in unsolved:
+        products[group.axes].append(group)
+    problems = []
+    for axes, dimensions in products.items():
+        length = _majority(dimensions)
+        agree = next(each.where for each in dimensions if each.length == length)
+        problems += [
+            _disagree(" x ".join(axes), each, length, agree) for each in dimensions if each.length != length
+        ]
+    return problems
+
+
+def _multiple_problems(model: Model, sizes: Mapping[str, int]) -> list[Problem]:
+    """Relations that the architecture fixes and the sizes do not have."""
+    problems = []
     for multiple in model.multiples:
         axis, of = (model.canonical.get(name, name) for name in (multiple.axis, multiple.of))
         if axis in sizes and of in sizes and sizes[axis] != multiple.factor * sizes[of]:
@@ -168,7 +187,11 @@ def solve(
                     f"no {model.name} has these dimensions: re-download the checkpoint",
                 )
             )
-    return sizes, problems
+    return problems
+
+
+def _majority(dimensions: list[Dimension]) -> int:
+    return Counter(each.length for each in dimensions).most_common(1)[0][0]
 
 
 def _indivisible(dimension: Dimension, rest: int) -> Problem:
