@@ -18,6 +18,7 @@ from bridge.conversion.job import Job
 from bridge.conversion.options import Options
 from bridge.conversion.plan import plan
 from bridge.conversion.run import Result, run, run_steps
+from bridge.conversion.settings import given, read_options
 from bridge.errors import (
     CheckpointRefused,
     Problem,
@@ -200,7 +201,8 @@ def load_nnx(model: nnx.Module, path: str | Path, **options: Unpack[Options]) ->
     refuse_if(_mismatches(str(path), leaves.specs, wanted), CheckpointRefused)
     arrays, problems = {}, []
     for leaf, array in leaves.read().items():
-        arrays[leaf] = cast = array.astype(wanted[leaf].dtype, copy=False)
+        with np.errstate(over="ignore"):
+            arrays[leaf] = cast = array.astype(wanted[leaf].dtype, copy=False)
         if not all_finite(cast) and all_finite(array):
             cause = f"{path}: {leaf} has values too large for the module's {wanted[leaf].dtype}"
             problems.append(Problem(cause, "build the module in float32 or bfloat16"))
@@ -299,11 +301,11 @@ def _state(form: Form) -> str:
 
 
 def _no_options(source: Source, options: Options) -> None:
-    if options:
+    if extra := given(read_options(options)):
         raise RouteRefused(
             Problem(
                 f"{source.location} is already in this form and is read as it is",
-                f"leave out {', '.join(options)}",
+                f"leave out {', '.join(extra)}",
             )
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,20 +27,17 @@ def targets() -> tuple[str, ...]:
 class Convert(Command):
     """``bridge convert``, with the options of the families that are installed."""
 
-    @cached_property
-    def family_params(self) -> list[click.Parameter]:
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         from bridge.conversion.settings import family_options
 
-        return [
+        own = (
             GroupedOption(
                 spellings(keyword, option),
                 **attributes(option, f"Models of {' and '.join(family.name for family in sharing)}"),
             )
             for keyword, (option, sharing) in family_options().items()
-        ]
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *self.family_params]
+        )
+        return [*super().get_params(ctx), *own]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from bridge.rules.family import families

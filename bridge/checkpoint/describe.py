@@ -52,11 +52,25 @@ class Description:
 
 
 def describe(path: str | Path, format: str | None = None) -> Description:
-    """Describe a checkpoint without reading tensor data.
+    """Describe a checkpoint from names, shapes and dtypes. No tensor data is read.
+
+    Args:
+        path (`str` or `Path`): the checkpoint, as for :func:`bridge.plan`.
+        format (`str`, *optional*): its format; detected by default.
+
+    Returns:
+        `Description`: format, model, sizes of every part, ranks, dtypes, bytes, assets; what is wrong with a
+        checkpoint that can be read is in :attr:`Description.problems`.
 
     Raises:
-        Refusal: it cannot be opened, or no adapter knows it. Lesser faults are listed in the
-            result's ``problems``.
+        Refusal: it cannot be opened, or it is not of a supported model.
+
+    Example:
+        >>> import bridge
+        >>> from importlib.resources import files
+        >>> description = bridge.describe(files("bridge.cli") / "sample/pi0_lora/checkpoint")
+        >>> description.model, description.state, description.parameters
+        ('pi0', 'orbax[base+lora]', 482660)
     """
     checkpoint = open_checkpoint(path, format)
     source = checkpoint.source

@@ -65,19 +65,32 @@ class Result:
 
 
 def run(job: Job, progress: Progress | None = None, executor: Executor | None = None) -> Result:
-    """Carry out a job.
+    """Carry out a plan. The output appears whole or not at all.
 
     Args:
-        job: from :func:`bridge.plan`.
-        progress: called as bytes are processed.
-        executor: runs the steps; threads of this process by default. Steps can be pickled and
-            the output directory must be reachable from its workers. TensorStore does not survive
-            a fork: a process pool needs ``mp_context=multiprocessing.get_context("spawn")``.
+        job (`Plan`): from :func:`bridge.plan`.
+        progress (`Callable[[int, int], None]`, *optional*): called with the bytes converted, and their total.
+        executor (`concurrent.futures.Executor`, *optional*): runs the steps; threads of this process by default.
+            Steps can be pickled, and the output directory must be reachable from its workers. TensorStore does
+            not survive a fork: a process pool needs ``mp_context=multiprocessing.get_context("spawn")``.
+
+    Returns:
+        `Result`: bytes, seconds, peak memory, a checksum and, for an adapter, its proof.
 
     Raises:
         Refusal: a value cannot be converted, the source cannot be read or changed meanwhile, the
             output cannot be written, another run writes it, or the destination has come to exist.
             Nothing is left behind.
+        ValueError: the plan has no destination.
+
+    Example:
+        >>> import bridge
+        >>> from importlib.resources import files
+        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> plan = bridge.plan(sample, "pi0_base", to="torch-base")
+        >>> result = bridge.run(plan)
+        >>> result.destination.name, result.tensors, result.bytes_written == plan.bytes_written
+        ('pi0_base', 107, True)
     """
     if job.destination is None:
         raise ValueError("this plan has no destination")

@@ -35,16 +35,16 @@ def family_options() -> dict[str, tuple[Option, list[Family]]]:
     return declaring
 
 
-def read_options(given: Options) -> Options:
+def read_options(keywords: Options) -> Options:
     """All options of a conversion: the values given, and defaults for the others.
 
     Args:
-        given: values by keyword, those of families among them.
+        keywords: values by keyword, those of families among them.
 
     Raises:
         TypeError: a keyword is not an option, or a value is of another type.
     """
-    values: dict[str, Any] = dict(given)
+    values: dict[str, Any] = dict(keywords)
     chosen: dict[str, Any] = dict(values.pop("settings", None) or {})
     chosen |= {keyword: values.pop(keyword) for keyword in list(values) if keyword not in declared(Options)}
     options = with_defaults(Options, values)
@@ -57,6 +57,15 @@ def read_options(given: Options) -> Options:
         settings[keyword] = option.convert(keyword, value)
     options["settings"] = {k: value for k, value in settings.items() if value != known[k][0].default}
     return options
+
+
+def given(options: Options) -> list[str]:
+    """Keywords of the options that differ from their defaults."""
+    values = cast(Mapping[str, Any], options)
+    return [
+        *(keyword for keyword, option in declared(Options).items() if values[keyword] != option.default),
+        *options["settings"],
+    ]
 
 
 def settings_of(family: Family, options: Options) -> dict[str, Any]:
