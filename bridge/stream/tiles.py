@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bridge.arrays import FLOAT32, all_finite, axes_by_stride
-from bridge.lora.factors import Spread
+from bridge.lora.factors import Matrices
 
 #: elements of a tile: its float32 form takes a megabyte, which a core's second-level cache holds
 TILE = 1 << 18
@@ -29,11 +29,24 @@ _PAD = 8
 class Product:
     """The low-rank change of a box of a weight, float32."""
 
-    factors: Spread
+    change: Matrices
+    steps: tuple[int, ...]
+    """For each of the weight's axes, how many rows (of an output) or columns (of an input) one step along it is."""
+    outputs: int
+    """How many of the axes are the weight's rows; they come first."""
     at: tuple[int, ...]
-    """Position of the box along every axis of the weight, outputs first."""
-    sizes: tuple[int, ...]
-    """Length of the weight's axes."""
+    """Position of the box along every axis."""
+
+    def corner(self, other: tuple[int, ...], row: int, column: int) -> tuple[int, int]:
+        """Column and row of the weight at which a plane of the box begins.
+
+        Args:
+            other: the plane's position along the box's axes; 0 along its own two.
+            row: the input axis of the plane.
+            column: its output axis.
+        """
+        first = [(a + n) * step for a, n, step in zip(self.at, other, self.steps, strict=True)]
+        return sum(first[self.outputs :]), sum(first[: self.outputs])
 
 
 @dataclass
@@ -79,34 +92,60 @@ def place(
     if dst.ndim < 2:
         dst, src = (array.reshape((1,) * (2 - array.ndim) + array.shape) for array in (dst, src))
         assert product is None
-    row, column = _tile_axes(dst, src, product)
-    others = [range(n) if axis not in (row, column) else (0,) for axis, n in enumerate(dst.shape)]
-    across = dst.strides[row] < dst.strides[column] and dst.shape[row] > 1
-    order = [axis for axis in range(dst.ndim) if axis not in (row, column)] + [row, column]
-    to, origin = dst.transpose(order), src.transpose(order)
-    at = (0, 0) if product is None else (product.at[row], product.at[column])
-    sizes = to.shape[-2:] if product is None else (product.sizes[row], product.sizes[column])
-    tiles = list(_tiles(at, to.shape[-2:], sizes))
-    # what does not fit is found in the result
+    # what does not fit shows in the result
     with np.errstate(over="ignore", invalid="ignore"):
-        for other in itertools.product(*others):
-            lead = tuple(n for axis, n in enumerate(other) if axis not in (row, column))
-            target, source = to[lead], origin[lead]
-            for tile in tiles:
-                added = None if product is None else _added(product, other, row, column, tile)
-                _tile(target[tile.part], source[tile.part], added, across, work, faulty)
+        if product is None:
+            _copy_box(dst, src, work, faulty)
+        else:
+            _add_box(dst, src, product, work, faulty)
 
 
-def _tile_axes(dst: np.ndarray, src: np.ndarray, product: Product | None) -> tuple[int, int]:
-    """Axes that become the rows and columns of tiles: columns are consecutive in ``src``."""
-
+def _copy_box(dst: np.ndarray, src: np.ndarray, work: Workspace, faulty: NonFinite) -> None:
+    # columns of tiles are consecutive in the source
     column = axes_by_stride(src)[0]
-    rest = [axis for axis in axes_by_stride(dst) if axis != column]
-    if product is not None:
-        # one axis of the rows of the matrix and one of its columns make the product a small matmul
-        outputs = product.factors.outputs
-        rest = [axis for axis in rest if (axis < outputs) != (column < outputs)]
-    return rest[0], column
+    row = next(axis for axis in axes_by_stride(dst) if axis != column)
+    to, origin = (_planes(array, row, column) for array in (dst, src))
+    tiles = list(_tiles((0, 0), to.shape[-2:], to.shape[-2:]))
+    for lead in np.ndindex(*to.shape[:-2]):
+        for tile in tiles:
+            _tile(to[lead][tile.part], origin[lead][tile.part], None, work, faulty)
+
+
+def _add_box(dst: np.ndarray, src: np.ndarray, product: Product, work: Workspace, faulty: NonFinite) -> None:
+    """Tiles of the sum, each with the part of the product that belongs to it.
+
+    A product is made tile by tile of the whole weight, by the same call whatever the container and
+    however it is cut: libraries of linear algebra sum in another order where a matrix has another
+    shape or lies otherwise, and a merged weight must not depend on where its base came from.
+    """
+    row, column = dst.ndim - 1, product.outputs - 1
+    to, origin = (_planes(array, row, column) for array in (dst, src))
+    b, a = product.change.b, product.change.a
+    planes = itertools.product(
+        *(range(n) if axis not in (row, column) else (0,) for axis, n in enumerate(dst.shape))
+    )
+    jobs = [
+        (tile, tuple(n for axis, n in enumerate(other) if axis not in (row, column)))
+        for other in planes
+        for tile in _tiles(product.corner(other, row, column), to.shape[-2:], (a.shape[1], len(b)))
+    ]
+    # planes that reach into one tile of the product share it
+    jobs.sort(key=lambda job: (job[0].rows, job[0].columns))
+    for _, shared in itertools.groupby(jobs, key=lambda job: (job[0].rows, job[0].columns)):
+        added = None
+        for tile, lead in shared:
+            if added is None:
+                left, right = a[:, slice(*tile.rows)].T, b[slice(*tile.columns)].T
+                out = work.tile("product", FLOAT32, len(left), right.shape[1])
+                added = np.matmul(left, right, out=out)
+                if product.change.scale != 1:
+                    added *= np.float32(product.change.scale)
+            _tile(to[lead][tile.part], origin[lead][tile.part], added[tile.inside], work, faulty)
+
+
+def _planes(array: np.ndarray, row: int, column: int) -> np.ndarray:
+    """An array with these two of its axes last."""
+    return array.transpose([axis for axis in range(array.ndim) if axis not in (row, column)] + [row, column])
 
 
 @dataclass(frozen=True)
@@ -146,35 +185,18 @@ def _tiles(at: tuple[int, ...], shape: tuple[int, ...], sizes: tuple[int, ...]) 
         yield _Tile(rows, columns, (part_r, part_c), (inside_r, inside_c))
 
 
-Added = tuple[np.ndarray, np.ndarray, float, tuple[slice, slice]]
-"""Two matrices whose product belongs to a tile, its scale, and the part of it that is asked for."""
-
-
-def _added(product: Product, other: tuple[int, ...], row: int, column: int, tile: _Tile) -> Added:
-    at: list[int | slice] = [begin + n for begin, n in zip(product.at, other, strict=True)]
-    at[row], at[column] = slice(*tile.rows), slice(*tile.columns)
-    b, a = product.factors.block(tuple(at))
-    left, right = (a.T, b.T) if column < product.factors.outputs else (b, a)
-    return left, right, product.factors.scale, tile.inside
-
-
 def _tile(
-    dst: np.ndarray,
-    src: np.ndarray,
-    added: Added | None,
-    across: bool,
-    work: Workspace,
-    faulty: NonFinite,
+    dst: np.ndarray, src: np.ndarray, product: np.ndarray | None, work: Workspace, faulty: NonFinite
 ) -> None:
+    if product is not None and src.strides[0] < src.strides[1]:
+        # in the order of the source, whose rows these columns are
+        dst, src, product = dst.T, src.T, product.T
     tile = src
-    if added is not None:
+    if product is not None:
         tile = work.tile("sum", FLOAT32, *src.shape)
         np.copyto(tile, src)
-        left, right, scale, inside = added
-        product = np.matmul(left, right, out=work.tile("product", FLOAT32, len(left), right.shape[1]))
-        if scale != 1:
-            product *= np.float32(scale)
-        tile += product[inside]
+        tile += product
+    across = dst.strides[0] < dst.strides[1] and dst.shape[0] > 1
     if tile.dtype != dst.dtype or (across and tile is src):
         narrow = work.tile("cast", dst.dtype, *src.shape)
         _copy(narrow, tile)

@@ -299,7 +299,7 @@ class Placing:
         self.order = [equation.left.index(axis) for axis in equation.weight_axes]
         """Positions, among the leaf's axes, of the tensor's."""
         self.shape = tuple(sizes[axis] for axis in equation.weight_axes)
-        self._equation, self._sizes = equation, sizes
+        self._outputs = len(equation.right[0])
         self._steps = [_steps(group, equation.weight_axes, sizes) for group in equation.right]
         self._work, self._faults = Workspace(), faults
 
@@ -317,7 +317,8 @@ class Placing:
         """Fill a box, whose axes and position are the tensor's."""
         product = None
         if change is not None:
-            product = Product(change.spread(self._equation, self._sizes), at, self.shape)
+            # axes of the outputs move along rows, those of the inputs along columns
+            product = Product(change, tuple(map(sum, zip(*self._steps, strict=True))), self._outputs, at)
         faulty = NonFinite()
         place(into, w, product, self._work, faulty)
         if faulty.source:
