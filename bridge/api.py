@@ -30,7 +30,7 @@ from bridge.errors import (
 )
 from bridge.formats.contract import Source, format_named, states
 from bridge.formats.disk.location import Location
-from bridge.formats.disk.stamps import changed
+from bridge.formats.disk.stamps import changed_files
 from bridge.graph import Form
 from bridge.nnx_arrays import assign, parameters
 from bridge.rules.names import grouped
@@ -314,7 +314,7 @@ def _in_memory(planned: Job) -> dict[str, np.ndarray]:
     """Carry out a plan without a destination."""
     memory = _Memory({name: np.zeros(spec.shape, spec.dtype) for name, spec in planned.specs.items()})
     run_steps(planned, planned.output, memory, lambda count: None)
-    refuse_if(changed(planned.stamps), SourceRefused)
+    refuse_if(changed_files(planned.stamps), SourceRefused)
     return memory.arrays
 
 

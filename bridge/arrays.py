@@ -1,4 +1,4 @@
-"""Shape and dtype of an array that may not have been read: what all planning is done with."""
+"""Shapes and dtypes of arrays that have not been read yet, which all planning works with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BFLOAT16: np.dtype = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 
-#: the dtypes a weight may have; anything else in a checkpoint is refused
+#: the dtypes of a weight; any other in a checkpoint is refused
 WEIGHT_DTYPES = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
 
 
@@ -40,27 +40,27 @@ class Spec:
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The narrowest weight dtype that holds all values of all of these."""
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else FLOAT32
+    """The narrowest weight dtype that represents every value of these dtypes."""
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else FLOAT32
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order. numpy lends no buffer of a bfloat16 array directly."""
+    """The bytes of an array in C order. numpy exports no buffer of a bfloat16 array directly."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no element is an infinity or NaN. Any float dtype; never makes a wide copy."""
+    """Whether no element is infinite or NaN. Any float dtype; never makes a wider copy."""
     if array.dtype == BFLOAT16:
-        # ml_dtypes' isfinite goes element by element through float32; the exponent bits say it.
+        # ml_dtypes' isfinite converts element by element to float32; the exponent bits suffice
         exponent = np.uint16(0x7F80)
         return not bool(((array.view(np.uint16) & exponent) == exponent).any())
     return bool(np.isfinite(array).all())
 
 
 def run_shape(spec: Spec, limit: int) -> tuple[int, ...]:
-    """Shape of the longest run of whole entries that takes at most ``limit`` bytes: (1, …, n, *rest).
+    """Shape of the longest contiguous run of at most ``limit`` bytes: (1, …, n, *rest).
 
     Runs follow each other in C order. At least one entry of the last axis, whatever its size.
     """
@@ -77,18 +77,18 @@ def run_shape(spec: Spec, limit: int) -> tuple[int, ...]:
 
 
 def cells(shape: tuple[int, ...], cell: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut an array into cells, in C order: the position of each, and its shape (smaller at the edge)."""
+    """The position and shape of each cell of a grid over an array, in C order; smaller at the edges."""
     for at in itertools.product(*(range(0, n, max(c, 1)) for n, c in zip(shape, cell, strict=True))):
         yield at, tuple(min(c, n - a) for a, n, c in zip(at, shape, cell, strict=True))
 
 
 def box(at: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of an array that begins at a position and has a shape."""
+    """The index of the box with a position and a shape."""
     return tuple(slice(a, a + n) for a, n in zip(at, shape, strict=True))
 
 
 def axes_by_stride(array: np.ndarray) -> list[int]:
-    """The axes of an array, the one whose entries lie closest together first."""
+    """The axes of an array, by increasing stride."""
     return sorted(
         range(array.ndim), key=lambda axis: (array.shape[axis] == 1, abs(array.strides[axis]), -axis)
     )

@@ -1,7 +1,7 @@
-"""What bridge says when it refuses: one line of cause, then the flag or step that fixes it.
+"""Refusals: one line of cause, then the flag or the step that fixes it.
 
-Every refusal is a :class:`Refusal`. It may carry several :class:`Problem`\\ s, so that a user
-sees all of them at once. Nothing has been written when one is raised.
+Every refusal is a :class:`Refusal`. It carries one or several :class:`Problem`\\ s, so that a user
+sees all of them at once. When one is raised, nothing has been written.
 """
 
 from __future__ import annotations
@@ -10,35 +10,28 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: of a cause or a fix; what is longer was made to be
+from bridge.display import printable
+
+#: characters of a cause or a fix; only a crafted name makes one longer
 MAX_LINE = 900
-#: problems that one refusal carries; a foreign tree may have a fault in each of a million leaves
+#: problems in one refusal; a foreign tree may have one in each of a million leaves
 MAX_PROBLEMS = 200
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One cause, in one line, and what the user can do about it."""
+    """One cause, on one line, and what the user can do about it."""
 
     cause: str
     fix: str
 
     def __post_init__(self) -> None:
-        # names in them come from files
+        # the names in them come from files
         object.__setattr__(self, "cause", _bounded(printable(self.cause[: MAX_LINE + 1])))
         object.__setattr__(self, "fix", _bounded(printable(self.fix[: MAX_LINE + 1])))
 
     def __str__(self) -> str:
         return f"{self.cause}\n  fix: {self.fix}"
-
-
-def printable(text: str) -> str:
-    """Text for one line of a terminal: a name may hold line breaks, escapes, or bytes of no encoding."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def _bounded(text: str) -> str:
@@ -50,7 +43,7 @@ class Refusal(Exception):
 
     def __init__(self, *problems: Problem) -> None:
         if len(problems) > MAX_PROBLEMS + 1:
-            more = Problem(f"and {len(problems) - MAX_PROBLEMS} more faults", "mend these first")
+            more = Problem(f"and {len(problems) - MAX_PROBLEMS} more problems", "fix these first")
             problems = (*problems[:MAX_PROBLEMS], more)
         super().__init__(*problems)
         self.problems = problems
@@ -64,11 +57,11 @@ class SourceRefused(Refusal):
 
 
 class CheckpointRefused(Refusal):
-    """The source is readable, but its leaves are not those of a model bridge knows."""
+    """The source is readable, but its leaves are not those of a known model."""
 
 
 class RouteRefused(Refusal):
-    """No converter, or no chain of them, leads from the source's state to the one asked for."""
+    """No converter, or chain of converters, leads from the source's state to the requested one."""
 
 
 class OutputRefused(Refusal):
@@ -76,45 +69,50 @@ class OutputRefused(Refusal):
 
 
 class ValueRefused(Refusal):
-    """A weight is not finite, or does not fit the dtype it should be written in."""
+    """A weight is not finite, or does not fit the dtype it would be written in."""
 
 
 class ProofFailed(Refusal):
-    """An output was written and does not mean what it should; it was not published."""
+    """An output failed its proof, and was not published."""
 
 
 class PluginRefused(Refusal):
-    """A registered adapter or format cannot be loaded."""
+    """A registered plugin, a model family or a format, cannot be loaded."""
 
 
-#: what mends a failure of the operating system
+#: what to do about an error of the operating system
 _FIXES = {
-    errno.ENOSPC: "free some space, or name an output elsewhere",
-    errno.EDQUOT: "your quota is used up: free some space, or name an output elsewhere",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or name an output on another file system",
+    errno.ENOSPC: "free some space, or choose an output on another disk",
+    errno.EDQUOT: "free some of your quota, or choose an output on another disk",
+    errno.EFBIG: "raise the file size limit (ulimit -f), or choose an output on another file system",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or use --workers 1",
-    errno.ENFILE: "the system has too many files open: end other processes, and run again",
+    errno.ENFILE: "the system has too many open files: close other programs and run again",
     errno.EACCES: "check the permissions of the path",
     errno.EPERM: "check the permissions of the path",
-    errno.EROFS: "the file system is mounted read-only: name a path on another",
-    errno.EIO: "the disk or its connection fails: check the system's log before anything is written to it again",
-    errno.ELOOP: "symlinks of the path lead in a circle: name the path itself",
-    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EROFS: "the file system is mounted read-only: choose a path on another",
+    errno.EIO: "the disk or its connection is failing: check the system log before writing to it again",
+    errno.ELOOP: "the path's symlinks form a loop: give the path without them",
+    errno.ENAMETOOLONG: "use a shorter path",
     errno.ENOMEM: "use --workers 1, or a machine with more memory",
-    errno.ESTALE: "mount the network file system again",
+    errno.ESTALE: "remount the network file system",
 }
 
 
 def system_problem(error: OSError, where: object = None) -> Problem:
-    """What the operating system refused, with the file, or ``where`` when it does not say one."""
+    """An error of the operating system, with its file; ``where`` stands in when it names none."""
     name = error.filename if error.filename is not None else where
     said = error.strerror or str(error) or type(error).__name__
     cause = said if name is None else f"{name}: {said}"
     return Problem(cause, _FIXES.get(error.errno or 0, "check the path and its file system, and run again"))
 
 
+def reason(error: Exception) -> str:
+    """What an exception says: a KeyError or TypeError, which nobody wrote for a reader, with its type."""
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
 def refuse_if(problems: Iterable[Problem], kind: type[Refusal]) -> None:
-    """Raise ``kind`` with every problem, in the order found, unless there are none."""
-    found = tuple(problems)
-    if found:
-        raise kind(*found)
+    """Raise ``kind`` with every problem, in order, if there are any."""
+    collected = tuple(problems)
+    if collected:
+        raise kind(*collected)

@@ -1,7 +1,8 @@
-"""JSON from foreign hands, read in bounded time and memory.
+"""Untrusted JSON, parsed in bounded time and memory.
 
-What a file says decides what is allocated, compared and printed next, so it is held down here:
-few values, few levels, no key twice (readers disagree on which one counts), UTF-8 alone.
+A file's contents decide what is allocated, compared and printed next. So the number of values and
+the depth are limited, duplicate keys are refused (parsers disagree on which one counts), and the
+encoding is UTF-8.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ MAX_SHOWN = 200
 
 
 class _Ambiguous(ValueError):
-    """A key stands twice in one object."""
+    """A duplicate key in an object."""
 
 
 def parse(text: bytes, most: int = MAX_VALUES) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
         text: as read from a file.
-        most: values that it may hold, all told, keys and punctuation inside of text included.
+        most: limit on the number of values, counted by punctuation, that inside strings included.
 
     Raises:
-        ValueError: it is no JSON, or not modest; the message says why, in one line.
+        ValueError: it is not JSON, or exceeds a limit; the message is one line.
     """
-    # each value takes one of these marks: a bound on the objects that parsing makes
+    # every value costs one of these marks, so they bound the objects that parsing creates
     marks = sum(text.count(mark) for mark in (b",", b"[", b"{"))
     if marks > most:
-        raise ValueError(f"longer than any such file: {marks} values")
+        raise ValueError(f"it has {marks} values, more than the limit of {most}")
     try:
         value = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
     except RecursionError:
@@ -46,7 +47,7 @@ def parse(text: bytes, most: int = MAX_VALUES) -> Any:
 
 
 def parse_object(text: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
-    """As :func:`parse`, for a text that must be an object."""
+    """Parse a JSON text that must be an object; see :func:`parse`."""
     value = parse(text, most)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -54,17 +55,17 @@ def parse_object(text: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A foreign value, of bounded length, for a message."""
+    """An untrusted value in a message, at bounded length."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise _Ambiguous(f"ambiguous: {shown(twice)[1:-1]} stands in it twice")
-    return found
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _Ambiguous(f"duplicate key {shown(key)[1:-1]}")
+    return value
 
 
 def _check_depth(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge.conversion.options import OUTPUT, Options
-from bridge.errors import printable
+from bridge.display import byte_size, printable
 
 from .options import Command, GroupedOption, Names, attributes, options, spellings, write_section
 from .show import columns, common, progress, say
@@ -95,14 +95,12 @@ def convert(src: str, dst: str, to: str, dry_run: bool, quiet: bool, as_json: bo
 
 
 def _result_lines(result: Result) -> list[str]:
-    from bridge.conversion.render import size
-
-    rate = size(result.bytes_per_second)
+    rate = byte_size(result.bytes_per_second)
     lines = [
         *(f"note         {printable(note)}" for note in result.notes),
         f"{click.style('wrote', fg='green')}        {printable(str(result.destination))}, {result.tensors} tensors",
-        f"             read {size(result.bytes_read)}, wrote {size(result.bytes_written)} "
-        f"in {result.converting_seconds:.3g} s, {rate}/s, peak memory {size(result.peak_memory)}",
+        f"             read {byte_size(result.bytes_read)}, wrote {byte_size(result.bytes_written)} "
+        f"in {result.converting_seconds:.3g} s, {rate}/s, peak memory {byte_size(result.peak_memory)}",
         *_floor_lines(result),
         f"             checksum {result.checksum}",
     ]

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bridge.checkpoint.options import SourceOptions
+from bridge.display import scientific
 
 from .options import Command, options
-from .show import common, progress, say
+from .show import common, progress, say, table
 
 if TYPE_CHECKING:
     from bridge import Comparison
@@ -89,17 +90,10 @@ def _print(comparison: Comparison, *, changed_only: bool) -> None:
             (
                 group[0].leaf,
                 f"{sum(each.changed for each in group)}/{len(group)}",
-                _number(max(each.relative for each in group)),
-                _number(max(each.max_abs for each in group)),
+                scientific(max(each.relative for each in group)),
+                scientific(max(each.max_abs for each in group)),
                 ", ".join(dtypes),
                 {"both": "a, b"}.get(lora, lora),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        line = "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        say(click.style(line, dim=True) if number == 0 else line)
-
-
-def _number(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
+    table(rows)

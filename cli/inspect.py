@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .show import common, say
+from bridge.display import abbreviated, byte_size
+
+from .show import common, say, table
 
 if TYPE_CHECKING:
     from bridge import Description
@@ -35,23 +37,18 @@ def inspect(path: str, from_: str | None, as_json: bool) -> None:
 
 
 def _print(description: Description) -> None:
-    from bridge.conversion.render import size
-
     say(f"{click.style(description.path, bold=True)}")
     suffix = ", leaves end in 'value' (saved by training)" if description.value_suffix else ""
     say(f"  state       {description.state}{suffix}")
     say(f"  model       {click.style(description.model, bold=True)}, names: {description.layout}")
     say(
-        f"  parameters  {_count(description.parameters)} in {description.arrays} arrays, "
-        f"{size(description.nbytes)} ({size(description.stored_bytes)} stored)"
+        f"  parameters  {abbreviated(description.parameters)} in {description.arrays} arrays, "
+        f"{byte_size(description.nbytes)} ({byte_size(description.stored_bytes)} stored)"
     )
     rows: list[tuple[str, ...]] = [("part", "parameters", "dtype", "dimensions", "LoRA", "trained")]
     rows += [_row(part) for part in description.parts]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     say("")
-    for number, row in enumerate(rows):
-        line = "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        say(click.style(line, dim=True) if number == 0 else line)
+    table(rows)
     say("")
     say(f"  assets      {', '.join(description.assets) or 'none'}")
     for note in description.notes:
@@ -64,7 +61,7 @@ def _row(part: PartDescription) -> tuple[str, ...]:
     sizes = " ".join(f"{axis} {count}" for axis, count in part.sizes.items())
     return (
         part.name,
-        _count(part.parameters),
+        abbreviated(part.parameters),
         ", ".join(part.dtypes),
         sizes,
         _lora(part),
@@ -84,10 +81,3 @@ def _lora(part: PartDescription) -> str:
         kinds = (f"{', '.join(sorted(m for m in ranks if ranks[m] == each))} {each}" for each in named)
         return f"ranks {'; '.join(kinds)}, {dtypes}"
     return f"rank {rank} {dtypes}, alpha {'not stored' if alpha is None else f'{alpha:g} (stock)'}"
-
-
-def _count(number: int) -> str:
-    for divisor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
-        if number >= divisor:
-            return f"{number / divisor:.3g}{unit}"
-    return str(number)

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import click
 
-from bridge.errors import Problem, Refusal, printable, system_problem
+from bridge.display import printable
+from bridge.errors import Problem, Refusal, system_problem
 
 from .convert import convert
 from .demo import demo

@@ -6,12 +6,12 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from bridge.errors import printable
+from bridge.display import byte_size, printable
 
 #: line breaks and styles, which are ours; what else is not printable came in with a name
 _OURS = re.compile(r"(\n|\x1b\[[0-9;]*m)")
@@ -31,6 +31,24 @@ def say(text: str, *, as_json: bool = False) -> None:
     """Print for people: to stdout, or to stderr where stdout is kept for machines."""
     parts = _OURS.split(text)
     click.echo("".join(p if i % 2 else printable(p) for i, p in enumerate(parts)), err=as_json)
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, right: bool = False, colours: Sequence[str | None] | None = None
+) -> None:
+    """Print aligned columns below a dim head, the first of ``rows``.
+
+    Args:
+        right: align all columns but the first to the right.
+        colours: of each row, the head included.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, (row, colour) in enumerate(zip(rows, colours or [None] * len(rows), strict=True)):
+        cells = [
+            cell.rjust(width) if right and column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say(click.style("  " + "  ".join(cells).rstrip(), dim=number == 0 or None, fg=colour))
 
 
 def columns() -> int:
@@ -75,8 +93,6 @@ def progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
 
 
 def _lines(label: str) -> Callable[[int, int], None]:
-    from bridge.conversion.render import size
-
     began, tenth = time.perf_counter(), 0
 
     def show(done: int, total: int) -> None:
@@ -86,7 +102,7 @@ def _lines(label: str) -> Callable[[int, int], None]:
         if now > tenth and took > 1:
             left = f"{(total - done) * took / done:.0f} s left" if done < total else "finishing"
             click.echo(
-                f"{label}: {now * 10} %, {size(done)} of {size(total)}, {size(done / took)}/s, {left}",
+                f"{label}: {now * 10} %, {byte_size(done)} of {byte_size(total)}, {byte_size(done / took)}/s, {left}",
                 err=True,
             )
         tenth = max(tenth, now)

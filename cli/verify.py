@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bridge.display import scientific
 from bridge.proof.options import CHECKS, VerifyOptions
 
 from .options import Command, GroupedOption, options
-from .show import common, progress, say
+from .show import common, progress, say, table
 
 if TYPE_CHECKING:
     from bridge import Verdict
@@ -130,28 +131,17 @@ def _table(verdict: Verdict) -> None:
     for (kind, key), checks in groups.items():
         worst = max(checks, key=lambda check: check.relative)
         narrow = max((check.bfloat16 or 0.0 for check in checks), default=0.0)
-        allowed = _number(worst.allowed) if kind == "runtime" or worst.allowed else "equal"
+        allowed = scientific(worst.allowed) if kind == "runtime" or worst.allowed else "equal"
         rows.append(
             (
                 key,
                 str(len(checks)),
-                _number(max(check.max_abs for check in checks)),
-                _number(max(check.mean_abs for check in checks)),
-                _number(worst.relative),
+                scientific(max(check.max_abs for check in checks)),
+                scientific(max(check.mean_abs for check in checks)),
+                scientific(worst.relative),
                 allowed,
-                _number(narrow) if kind == "runtime" else "",
+                scientific(narrow) if kind == "runtime" else "",
             )
         )
         colours.append(None if all(check.holds for check in checks) else "red")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-        cells = [
-            f"{cell:{w}}" if i == 0 else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        line = "  " + "  ".join(cells).rstrip()
-        say(click.style(line, dim=number == 0, fg=colour))
-
-
-def _number(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
+    table(rows, right=True, colours=colours)

@@ -32,10 +32,10 @@ def test_what_json_writes_is_read(value: object) -> None:
         ("{}".encode("utf-16"), "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "nested too deeply"),
-        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "c stands in it twice"),
-        (b'{"a\\n": 1, "a\\u000a": 2}', r"a\\n stands in it twice"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "duplicate key c"),
+        (b'{"a\\n": 1, "a\\u000a": 2}', r"duplicate key a\\n"),
         (b"[" + b"9" * 5000 + b"]", "not JSON"),
-        (b"[" + b"," * 5_000_000, "longer than any such file: 5000001 values"),
+        (b"[" + b"," * 5_000_000, "5000001 values, more than the limit of 4000000"),
     ],
 )
 def test_what_is_not_modest_is_refused(text: bytes, says: str) -> None:
@@ -47,7 +47,7 @@ def test_an_object_is_asked_for() -> None:
     assert parse_object(b'{"a": []}') == {"a": []}
     with pytest.raises(ValueError, match="not a JSON object"):
         parse_object(b"[]")
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="more than the limit of 3"):
         parse_object(b'{"a": [1, 2, 3]}', 3)
 
 
@@ -61,4 +61,4 @@ def test_problems_are_one_printable_line() -> None:
     assert problem.fix == "y\\u202e"
     refusal = Refusal(*(Problem(str(n), "mend it") for n in range(1000)))
     assert len(refusal.problems) == MAX_PROBLEMS + 1
-    assert refusal.problems[-1].cause == f"and {1000 - MAX_PROBLEMS} more faults"
+    assert refusal.problems[-1].cause == f"and {1000 - MAX_PROBLEMS} more problems"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bridge.errors import Problem, SourceRefused, printable
-from bridge.formats.disk.location import Location
-from bridge.formats.disk.stamps import Stamp, take
+from bridge.display import printable
+from bridge.errors import Problem, SourceRefused
+from bridge.formats.disk.location import Location, is_safe_path
+from bridge.formats.disk.stamps import Stamp, take_stamps
 from bridge.rules.family import Family
 
 MAX_BYTES = 64 << 20
@@ -39,12 +40,12 @@ def read_assets(root: Location, family: Family) -> Assets:
     notes: list[str] = []
     left = MAX_BYTES
     paths = directory.files()
-    stamps = take(directory.local / path for path in paths) if directory.local is not None else {}
+    stamps = take_stamps(directory.local / path for path in paths) if directory.local is not None else {}
     for path in paths:
         # in a bucket, a name may be anything; here it becomes a path
-        if path.startswith("/") or {"", ".", ".."} & set(path.split("/")) or "\0" in path:
+        if not is_safe_path(path):
             raise SourceRefused(
-                Problem(f"{directory} contains a file named {path!r}", "do not trust this checkpoint")
+                Problem(f"{directory} contains an unsafe path: {path!r}", "do not trust this checkpoint")
             )
         file = directory / path
         data = file.read_bytes(MAX_BYTES)

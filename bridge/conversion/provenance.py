@@ -1,4 +1,7 @@
-"""The record of an output: what it was made from, how, and the checksum of everything in it."""
+"""The record of a finished conversion: what goes into its ``bridge.json``.
+
+It contains no time and no path, so that the same conversion gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from bridge.publish.record import combined, files_in, self_checksum
 from bridge.stream.output import Output
 from bridge.stream.readers import Done
 
-#: packages whose version can change an output's bytes
+#: packages whose version can change the bytes of an output
 PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
 
 
 def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sums: Mapping[str, str]) -> str:
-    """The record of one output of a finished conversion, as JSON; ``place`` holds all else of it."""
+    """The record of one output as JSON; ``place`` contains the rest of the output."""
     read = {key: checksum for each in done for key, checksum in each.read.items()}
     record: dict[str, Any] = {
         "model": job.inputs.model.name,

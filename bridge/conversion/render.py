@@ -8,20 +8,11 @@ from collections.abc import Iterator, Sequence
 from bridge.arrays import Spec
 from bridge.conversion.job import Job
 from bridge.conversion.options import compress_to
-from bridge.errors import printable
+from bridge.display import byte_size, printable
 from bridge.graph import Form, Loss
 from bridge.rules.names import grouped
 from bridge.stream.output import Output
 from bridge.stream.step import Step
-
-
-def size(count: float) -> str:
-    """Bytes, for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def plan_text(job: Job, width: int) -> str:
@@ -110,7 +101,7 @@ def _rules(job: Job, output: Output, width: int) -> Iterator[str]:
         if name in output.specs:
             yield f"tied: {alias} is {name}"
     for name, data in output.files.items():
-        yield f"file: {name} {size(len(data))}"
+        yield f"file: {name} {byte_size(len(data))}"
 
 
 def _shown(step: Step) -> dict[str, Spec]:
@@ -142,9 +133,9 @@ def _totals(job: Job) -> Iterator[str]:
     tensors = sum(len(output.specs) for output in job.outputs)
     ways = Counter(sources[which].how(name) for step in job.steps for which, name in step.reads)
     how = ", ".join(f"{count} arrays {way}" for way, count in ways.items())
-    yield f"reads        {size(job.bytes_read)} ({size(job.bytes_decoded)} decoded): {how}"
-    yield f"writes       {size(job.bytes_written)}: {tensors} tensors by {len(job.steps)} rules"
-    yield f"memory       about {size(job.memory)} at most"
+    yield f"reads        {byte_size(job.bytes_read)} ({byte_size(job.bytes_decoded)} decoded): {how}"
+    yield f"writes       {byte_size(job.bytes_written)}: {tensors} tensors by {len(job.steps)} rules"
+    yield f"memory       about {byte_size(job.memory)} at most"
 
 
 def _common(names: Sequence[str], separator: str) -> str:

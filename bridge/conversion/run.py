@@ -12,9 +12,9 @@ from pathlib import Path
 from bridge.conversion.job import Job
 from bridge.conversion.provenance import record_text
 from bridge.errors import OutputRefused, Problem, Refusal, SourceRefused, ValueRefused, refuse_if
-from bridge.formats.contract import Format, Sink, Spent, format_named
+from bridge.formats.contract import Format, Sink, Timings, format_named
 from bridge.formats.disk.location import Location
-from bridge.formats.disk.stamps import changed
+from bridge.formats.disk.stamps import changed_files
 from bridge.proof.peft import Proof
 from bridge.publish.atomic import publishing
 from bridge.publish.record import RECORD, combined
@@ -40,7 +40,7 @@ class Result:
     """Highest resident memory of this process so far, in bytes."""
     checksum: str
     """xxh3-128 over the checksums of all tensors, in order of name."""
-    spent: Spent = field(default_factory=Spent)
+    spent: Timings = field(default_factory=Timings)
     """Of all workers together."""
     workers: int = 1
     notes: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
         raise ValueError("this plan has no destination")
     began = time.perf_counter()
     counter = Counter(job.bytes_decoded, progress)
-    spent = Spent()
+    spent = Timings()
     notes: list[str] = []
     proof = None
     # what a proof needs takes seconds to import: that begins while the output is made
@@ -109,10 +109,10 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
             }
         except Exception as error:
             # whatever was found wrong with files that changed: that they did is the cause
-            if problems := changed(job.stamps):
+            if problems := changed_files(job.stamps):
                 raise SourceRefused(*problems) from error
             raise
-        refuse_if(changed(job.stamps), SourceRefused)
+        refuse_if(changed_files(job.stamps), SourceRefused)
         if job.prover is not None and started is not None:
             proof = job.prover.check(directory, job.output, job.inputs, job.workers, started)
     return Result(
@@ -131,7 +131,7 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
 
 
 def _make(
-    job: Job, output: Output, directory: Path, tick: Tick, executor: Executor | None, spent: Spent
+    job: Job, output: Output, directory: Path, tick: Tick, executor: Executor | None, spent: Timings
 ) -> str:
     """Write one output below the private directory; returns its checksum, and adds up what was spent."""
     format = format_named(output.state.format)

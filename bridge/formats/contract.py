@@ -1,7 +1,9 @@
-"""Containers on disk: how to recognise, list, read and write them. They know nothing of models.
+"""The interface of a format: how to recognise, list, read and write a container on disk.
+
+Formats know nothing of models.
 
 A format is a plugin (entry-point group ``bridge.formats``): a :class:`Format` whose ``open``
-gives a :class:`Source` and whose ``create`` gives a :class:`Sink`.
+returns a :class:`Source` and whose ``create`` returns a :class:`Sink`.
 """
 
 from __future__ import annotations
@@ -20,28 +22,28 @@ from bridge.graph import Form, State
 from bridge.plugins import load
 
 Slab = tuple[tuple[int, ...], np.ndarray]
-"""A box of an array: the position of its first element along every axis, and the values, with as many axes."""
+"""A box of an array: the position of its first element, and its values, both with all axes."""
 
-#: a slab is at most this long where the storage allows it
+#: bytes of a slab at most, where the storage allows it
 SLAB_BYTES = 8 << 20
 
-#: what is written at a time: a chunk of an Orbax array, from which a reader can take a layer alone
+#: bytes written at a time: one chunk of an Orbax array, small enough that a layer can be read alone
 RUN_BYTES = 32 << 20
 
 
 @dataclass
-class Spent:
-    """Seconds a worker spent in what no conversion can do without: reading, decoding, writing."""
+class Timings:
+    """Seconds a worker spent on what no conversion can avoid: reading, decoding, writing."""
 
     read: float = 0.0
-    """Waiting for it: the disk reads ahead meanwhile."""
+    """Time spent waiting for reads; the disk reads ahead meanwhile."""
     decode: float = 0.0
     write: float = 0.0
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A container opened for reading. Picklable: workers open their own files."""
+    """A container open for reading. Picklable: workers open files of their own."""
 
     @property
     def format(self) -> str:
@@ -50,12 +52,12 @@ class Source(Protocol):
 
     @property
     def location(self) -> Location:
-        """The directory or file that was opened, after any search for it."""
+        """The directory or file that was opened, once the user's path is resolved."""
         ...
 
     @property
     def root(self) -> Location:
-        """The directory a user thinks of as the checkpoint: where its assets lie."""
+        """The directory a user thinks of as the checkpoint, which contains the assets."""
         ...
 
     @property
@@ -65,61 +67,61 @@ class Source(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the container says of itself besides arrays (a header's metadata, a config)."""
+        """Metadata beside the arrays: a file header's, a config."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What opening it had to decide, to be said aloud."""
+        """Choices made when it was opened, to be reported."""
         ...
 
     @property
     def stamps(self) -> Mapping[str, Stamp]:
-        """The local files that it reads, as they were when it was opened."""
+        """The state of the local files it reads, when it was opened."""
         ...
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes that reading the array takes from disk."""
+        """Bytes read from disk for the array."""
         ...
 
     def how(self, name: str) -> str:
-        """Which way the array is read, in a few words, for the plan."""
+        """How the array is read, in a few words, for the plan."""
         ...
 
     def buffered_bytes(self, name: str) -> int:
-        """Bytes of memory that :meth:`slabs` needs at a time."""
+        """Bytes of memory in use at a time by :meth:`slabs`."""
         ...
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
-        """The array, or the rows asked for. Raises KeyError, SourceRefused."""
+        """The array, or some of its rows. Raises KeyError, SourceRefused."""
         ...
 
     def slabs(
-        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:
-        """The array in C order, a slab at a time; a slab is valid until the next.
+        """The array in C order, slab by slab; a slab is valid until the next.
 
         Args:
             name: of the array.
-            shape: another shape of as many elements, to cut it by.
-            spent: takes note of the time it takes.
+            shape: another shape of the same number of elements, to slice the array by.
+            spent: the time it takes is added to these.
         """
         ...
 
 
 class Sink(Protocol):
-    """A container being written. Picklable; arrays may come in any order, from any worker."""
+    """A container being written. Picklable; arrays come in any order, from any worker."""
 
     def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
-        """Write an array of its declared dtype, whole or from a position on.
+        """Write an array of its declared dtype, all of it or a run of it.
 
-        What is written at a position is a run in C order that begins at a multiple of
-        :func:`bridge.arrays.run_shape` for `RUN_BYTES`, and ends at one or with the array.
+        A run is contiguous in C order. It begins at a multiple of :func:`bridge.arrays.run_shape`
+        for `RUN_BYTES`, and ends at one or at the end of the array.
         """
         ...
 
     def finish(self) -> None:
-        """Make what was written durable. Called once, after the last write."""
+        """Make all writes durable. Called once, after the last write."""
         ...
 
 
@@ -129,31 +131,31 @@ class Format:
 
     name: str
     states: tuple[State, ...]
-    """The nodes of the graph that this container can be; all of one form."""
+    """The states of the graph with this container; all have the same form."""
     claims: Callable[[Location], bool]
-    """Whether a path looks like this format, finished or not; cheap."""
+    """Whether a path looks like this format, complete or not; cheap."""
     open: Callable[[Location], Source]
-    """Open for reading. Raises SourceRefused with the cause and the fix."""
+    """Opens a path for reading. Raises SourceRefused with the cause and the fix."""
     create: Callable[[Path, Mapping[str, Spec], Mapping[str, str], Collection[str]], Sink] | None = None
-    """Make the container inside an empty directory: arrays to come, header metadata, and the names of
-    arrays that are zeros and never written."""
+    """Creates the container in an empty directory, from the arrays to come, the header metadata, and
+    the names of arrays that are all zeros and are never written."""
 
     @property
     def form(self) -> Form:
-        """What its arrays are."""
+        """The form of its arrays."""
         return self.states[0].form
 
 
 def formats() -> tuple[Format, ...]:
-    """Every installed format. Raises PluginRefused when one cannot be loaded."""
+    """All installed formats. Raises PluginRefused if one cannot be loaded."""
     return load("bridge.formats")
 
 
 def format_named(name: str) -> Format:
-    """The installed format of that name."""
+    """The installed format of this name."""
     return next(known for known in formats() if known.name == name)
 
 
 def states() -> tuple[State, ...]:
-    """Every node of the graph."""
+    """All states of the graph."""
     return tuple(state for known in formats() for state in known.states)

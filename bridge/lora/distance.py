@@ -1,18 +1,18 @@
-"""How far two products of LoRA factors are apart, without forming either. All in float64.
+"""The distance between two products of LoRA factors, without forming either. All in float64.
 
 The norm of a product of narrow matrices follows from their Gram matrices,
-‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ), or from their triangles: with B = Q R and Aᵀ = P S, ‖B A‖ = ‖R Sᵀ‖.
+‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ), or from their QR factors: with B = Q R and Aᵀ = P S, ‖B A‖ = ‖R Sᵀ‖.
 A difference of two products is one product of stacked factors.
 
-What such a norm can resolve, with u = 2⁻⁵³ and w = Σ ‖column of B‖ ‖row of A‖: the Gram matrices
-are off by a small multiple of u w² in the square, the triangles by one of u w in the norm itself.
-So the former serve where ‖B A‖ is no less than w / 1000 (they then give it to about 1e-9 of
-itself), and the latter see all but 1e-14 of w. Where both products have one rank,
-B₁A₁ - B₂A₂ = (B₁ - B₂) A₁ + B₂ (A₁ - A₂): then w is as small as the differences are, and what is
-left unseen is 1e-14 of the distance, not of the factors.
+Accuracy, with u = 2⁻⁵³ and w = Σ ‖column of B‖ ‖row of A‖: Gram matrices are off by a small
+multiple of u w² in the square, QR factors by a small multiple of u w in the norm itself. So Gram
+matrices are used where ‖B A‖ is at least w / 1000, which gives it to a relative 1e-9, and QR
+elsewhere, which resolves 1e-14 of w. If both products have the same rank,
+B₁A₁ - B₂A₂ = (B₁ - B₂) A₁ + B₂ (A₁ - A₂): then w is as small as the differences, and the error is
+1e-14 of the distance, not of the factors.
 
-In torch, whose threads can be limited: numpy's BLAS starts its own for matrices this small, and
-they wait for each other longer than they work.
+In torch, whose threads can be limited: numpy's BLAS starts threads of its own even for matrices
+this small, and they wait for each other longer than they work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bridge.rules.factoring import RANK, FactorAxes
 if TYPE_CHECKING:
     import torch
 
-#: how small a norm may be, over w, for Gram matrices to serve
+#: norm over w below which Gram matrices cancel too much
 CANCELS = 1e-3
 
 
@@ -47,11 +47,11 @@ def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
     w = float((gram_b.diagonal() * gram_a.diagonal()).sqrt().sum())
     if square > (CANCELS * w) ** 2:
         return math.sqrt(square)
-    # columns of zeros would only make the triangles larger
-    counts = (b != 0).any(0) & (a != 0).any(1)
-    if not counts.any():
+    # zero columns would only enlarge the QR factors
+    nonzero = (b != 0).any(0) & (a != 0).any(1)
+    if not nonzero.any():
         return 0.0
-    r_b, r_a = (torch.linalg.qr(matrix, mode="r").R for matrix in (b[:, counts], a[counts].T))
+    r_b, r_a = (torch.linalg.qr(matrix, mode="r").R for matrix in (b[:, nonzero], a[nonzero].T))
     return float(torch.linalg.norm(r_b @ r_a.T))
 
 
@@ -67,9 +67,9 @@ def distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: t
     if not all(matrix.isfinite().all() for matrix in (b, a, other_b, other_a)):
         return math.inf
     if len(a) > len(other_a):
-        # of a block-diagonal matrix: the other blocks' columns
-        counts = (b != 0).any(0)
-        b, a = b[:, counts], a[counts]
+        # rows of a block-diagonal matrix: zero in the columns of the other blocks
+        nonzero = (b != 0).any(0)
+        b, a = b[:, nonzero], a[nonzero]
     if len(a) != len(other_a):
         return product_norm(torch.hstack([b, -other_b]), torch.vstack([a, other_a]))
     gap_b, gap_a = b - other_b, a - other_a
@@ -78,10 +78,10 @@ def distance(b: torch.Tensor, a: torch.Tensor, other_b: torch.Tensor, other_a: t
     return product_norm(torch.hstack([gap_b, other_b]), torch.vstack([a, gap_a]))
 
 
-def entries(
+def products(
     axes: FactorAxes, lora_a: np.ndarray, lora_b: np.ndarray
 ) -> Iterator[tuple[tuple[int | slice, ...], torch.Tensor, torch.Tensor]]:
-    """The products that the factors of one weight stand for: one for each kept entry (head of q).
+    """The products of one weight's factors: one for each entry of the kept axes (each head of q).
 
     Args:
         axes: of one weight.
@@ -89,8 +89,7 @@ def entries(
         lora_b: with the axes ``axes.b``.
 
     Yields:
-        Which of the weight's rows, as an index into its output axes; B (rows, rank); A (rank, in).
-        float64.
+        An index into the weight's output axes; B (rows, rank) and A (rank, in) of these rows, float64.
     """
     import torch
 
@@ -111,20 +110,20 @@ def entries(
 
 
 def module_error(lora_A: torch.Tensor, lora_B: torch.Tensor, factors: Factors) -> float:
-    """Relative error of ``lora_B @ lora_A`` as the change of a weight that a leaf's factors stand for.
+    """Relative error of ``lora_B @ lora_A`` against the change of a weight by a leaf's factors.
 
     Args:
         lora_A: (rank, in), float64.
-        lora_B: (out, rank), float64, with whatever scale PEFT applies multiplied in.
+        lora_B: (out, rank), float64, PEFT's scale multiplied in.
         factors: of the weight, with the runtime's scale.
 
     Returns:
-        Frobenius norm of the difference over that of the factors' product; the former where that is 0.
+        Frobenius norm of the difference over that of the factors' product, or the former if the latter is 0.
     """
     axes, sizes = factors.axes, factors.sizes
     spread = lora_B.reshape(*(sizes[axis] for axis in axes.equation.right[0]), -1)
     gap = norm = 0.0
-    for rows, b, a in entries(axes, factors.a, factors.b):
+    for rows, b, a in products(axes, factors.a, factors.b):
         ours = spread[rows].reshape(len(b), -1)
         gap = math.hypot(gap, distance(ours, lora_A, factors.scale * b, a))
         norm = math.hypot(norm, product_norm(factors.scale * b, a))

@@ -1,1 +1,1 @@
-"""What PEFT's files mean."""
+"""The configuration of PEFT adapters: ranks, scales, target modules."""

@@ -1,8 +1,8 @@
-"""What a PEFT adapter's config says, and the config that says what bridge writes.
+"""The ``adapter_config.json`` of PEFT adapters, read and composed.
 
-Facts: peft 0.21, tuners/lora/{config,layer}.py and utils/other.py. PEFT takes much in silence
-(missing keys, a wrong alpha, patterns that overlap), so a config is read field by field here and
-written in the one form that all consumers understand.
+Facts: peft 0.21, tuners/lora/{config,layer}.py and utils/other.py. PEFT silently accepts missing
+keys, a wrong alpha and overlapping patterns, so a config is read field by field here, and composed
+in the one form that all consumers understand.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 
 from bridge.errors import Problem
 from bridge.peft.patterns import SECONDS, Clock
-from bridge.peft.targets import Targets, read_targets
+from bridge.peft.targets import RESTORE, Targets, read_targets
 from bridge.rules.names import Template
 from bridge.strict_json import shown
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 
-#: PEFT's default when the config does not say
+#: PEFT's default of both r and lora_alpha
 DEFAULT_ALPHA = 8
 
 MAX_MODULES_TO_SAVE = 2000
+MERGE = "merge it into its base with PEFT (merge_and_unload), and convert the result"
 
 #: fields that do not change what a loaded LoRA adapter computes
 _HARMLESS = {
@@ -44,7 +45,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of an ``adapter_config.json`` that decide what the adapter computes."""
+    """The fields of an ``adapter_config.json`` that determine what the adapter computes."""
 
     r: int
     alpha: float
@@ -56,21 +57,21 @@ class AdapterConfig:
     clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     def rank(self, module: str) -> int:
-        """The rank PEFT gives a module. Raises TimeoutError for patterns that take too long."""
+        """The rank of a module. Raises TimeoutError if matching the patterns takes too long."""
         return self.rank_pattern.get(self._first(self.rank_pattern, module), self.r)
 
     def scale(self, module: str) -> float:
-        """The factor PEFT applies to a module's product at run time."""
+        """The scale of a module's product at run time. Raises TimeoutError, as :meth:`rank` does."""
         rank = self.rank(module)
         alpha = self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def applies(self, module: str) -> bool:
-        """Whether PEFT gives a linear layer LoRA. Raises TimeoutError for patterns that take too long."""
+        """Whether PEFT adds LoRA to a linear layer. Raises TimeoutError, as :meth:`rank` does."""
         return self.targets.include(module, self.clock)
 
     def saves(self, module: str) -> bool:
-        """Whether PEFT keeps a copy of this module in the adapter: it, or one it is part of, is named."""
+        """Whether PEFT saves a copy of this module, or of one that contains it, in the adapter."""
         paths = itertools.accumulate(module.split("."), "{}.{}".format)
         return any(path.endswith(self.modules_to_save) for path in paths)
 
@@ -79,7 +80,7 @@ class AdapterConfig:
 
 
 def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | None, list[Problem]]:
-    """Read a config, refusing by name whatever would make PEFT compute something else."""
+    """Read a config; a problem names each field that would make PEFT compute something else."""
     problems: list[Problem] = []
     clock = Clock()
 
@@ -94,19 +95,17 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
         if name not in _HARMLESS | _READ and value not in (None, False, {}, [], 0):
             refuse(
                 f"{name} is {shown(value)}, which bridge does not convert",
-                "merge the adapter in PEFT instead",
+                MERGE,
             )
     if config.get("bias", "none") != "none":
         refuse(
             f"bias is {shown(config['bias'])}: trained biases would be lost",
-            "merge the adapter in PEFT instead",
+            MERGE,
         )
     if config.get("fan_in_fan_out"):
-        refuse(
-            "fan_in_fan_out is set: its weights are stored transposed", "merge the adapter in PEFT instead"
-        )
+        refuse("fan_in_fan_out is set: its weights are stored transposed", MERGE)
     init = config.get("init_lora_weights", True)
-    # openpi never uses these; PEFT changes the base when it loads such an adapter
+    # PEFT changes the base when it loads such an adapter
     if isinstance(init, str) and init.lower() not in ("gaussian", "orthogonal", "eva"):
         refuse(
             f"init_lora_weights is {shown(init)}, which changes the base weights",
@@ -114,23 +113,23 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
         )
     r, alpha = config.get("r", DEFAULT_ALPHA), config.get("lora_alpha", DEFAULT_ALPHA)
     if not _is_rank(r):
-        refuse(f"r is {shown(r)}", "restore the config that was saved with the adapter")
+        refuse(f"r is {shown(r)}", RESTORE)
     if not _number(alpha):
-        refuse(f"lora_alpha is {shown(alpha)}", "restore the config that was saved with the adapter")
+        refuse(f"lora_alpha is {shown(alpha)}", RESTORE)
     patterns = {}
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _number)):
         value = config.get(name) or {}
         if not isinstance(value, dict) or not all(fits(number) for number in value.values()):
-            refuse(f"{name} is {shown(value)}", "restore the config that was saved with the adapter")
+            refuse(f"{name} is {shown(value)}", RESTORE)
             value = {}
         try:
             problems += [
-                Problem(f"{where}: {name} holds a pattern that {why}", "restore the config that was saved")
+                Problem(f"{where}: {name} has a pattern that {why}", RESTORE)
                 for pattern in value
                 if (why := clock.check(pattern))
             ]
         except TimeoutError:
-            refuse(f"{name} takes longer than {SECONDS:g} s to read", "restore the config that was saved")
+            refuse(f"matching the patterns of {name} takes longer than {SECONDS:g} s", RESTORE)
         patterns[name] = value
     saved = config.get("modules_to_save") or []
     if (
@@ -138,7 +137,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
         or len(saved) > MAX_MODULES_TO_SAVE
         or not all(isinstance(name, str) for name in saved)
     ):
-        refuse(f"modules_to_save is {shown(saved)}", "restore the config that was saved with the adapter")
+        refuse(f"modules_to_save is {shown(saved)}", RESTORE)
         saved = []
     targets, faults = read_targets(config, saved, clock, where)
     problems += faults
@@ -160,7 +159,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
 
 
 def _number(value: object) -> bool:
-    # no alpha comes near it, and an int beyond a float's range has no float
+    # far above any alpha; a larger int may not convert to float
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
@@ -170,7 +169,7 @@ def _is_rank(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A family of modules of one rank and alpha: the weight template they belong to."""
+    """Modules of one rank and alpha, by the template of their weights."""
 
     template: Template
     rank: int
@@ -180,24 +179,24 @@ class Target:
 def compose_config(
     targets: Iterable[Target], base_name: str, modules_to_save: Iterable[str]
 ) -> dict[str, Any]:
-    """The ``adapter_config.json`` for modules of any ranks and alphas.
+    """The ``adapter_config.json`` of modules with any ranks and alphas.
 
-    The commonest rank is ``r``; every other rank, and every alpha that is not ``lora_alpha``,
-    stands in a pattern. Patterns are pinned to whole paths and match disjoint sets of modules,
-    because PEFT takes the first that matches and sorts them when it saves.
+    The most common pair becomes ``r`` and ``lora_alpha``; other ranks and alphas go into patterns.
+    Patterns match whole paths and disjoint sets of modules, because PEFT uses the first that
+    matches and sorts them when it saves.
     """
-    every = list(targets)
-    (r, alpha), _ = Counter((target.rank, target.alpha) for target in every).most_common(1)[0]
+    modules = list(targets)
+    (r, alpha), _ = Counter((target.rank, target.alpha) for target in modules).most_common(1)[0]
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_name,
         "r": r,
         "lora_alpha": _plain(alpha),
-        "target_modules": _pattern(target.template for target in every),
-        "rank_pattern": _patterns((target.template, target.rank) for target in every if target.rank != r),
+        "target_modules": _pattern(target.template for target in modules),
+        "rank_pattern": _patterns((target.template, target.rank) for target in modules if target.rank != r),
         "alpha_pattern": _patterns(
-            (target.template, _plain(target.alpha)) for target in every if target.alpha != alpha
+            (target.template, _plain(target.alpha)) for target in modules if target.alpha != alpha
         ),
         "modules_to_save": list(modules_to_save) or None,
         "lora_dropout": 0.0,
@@ -215,24 +214,24 @@ def _plain(number: float) -> float | int:
 
 
 def _patterns(pairs: Iterable[tuple[Template, Any]]) -> dict[str, Any]:
-    families: dict[Any, list[Template]] = {}
+    groups: dict[Any, list[Template]] = {}
     for template, value in pairs:
-        families.setdefault(value, []).append(template)
-    return dict(sorted((f"^{_pattern(family)}", value) for value, family in families.items()))
+        groups.setdefault(value, []).append(template)
+    return dict(sorted((f"^{_pattern(group)}", value) for value, group in groups.items()))
 
 
 def _pattern(templates: Iterable[Template]) -> str:
-    """A regular expression that matches the module paths of templates whole, and no other path."""
+    """A regular expression that fully matches the module paths of templates, and no other path."""
     paths: list[tuple[str, ...]] = []
     for template in templates:
-        # the last segment is `weight`: a module is named without it
+        # without the last segment, `weight`
         segments = [s.choices or (s.text if s.axis is None else r"\d+",) for s in template.segments[:-1]]
         paths += itertools.product(*segments)
     return _alternatives(paths)
 
 
 def _alternatives(paths: list[tuple[str, ...]]) -> str:
-    """Paths that share their first segments, written with those segments once."""
+    """An alternation of paths, with common first segments factored out."""
     tails: dict[str, list[tuple[str, ...]]] = {}
     for head, *tail in paths:
         tails.setdefault(head, []).append(tuple(tail))
@@ -241,5 +240,5 @@ def _alternatives(paths: list[tuple[str, ...]]) -> str:
 
 
 def module_of(weight: str) -> str:
-    """Path of the module that a weight belongs to."""
+    """The path of the module that a weight belongs to."""
     return weight.rpartition(".")[0]

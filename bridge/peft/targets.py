@@ -1,4 +1,4 @@
-"""Which modules an adapter's config gives LoRA: PEFT ignores the factors of all others in silence.
+"""The modules to which an adapter's config adds LoRA: PEFT silently ignores factors of any other.
 
 Facts: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``,
 ``_maybe_include_all_linear_layers``) and tuners/lora/config.py.
@@ -15,51 +15,51 @@ from bridge.errors import Problem
 from bridge.peft.patterns import SECONDS, Clock
 
 ALL_LINEAR = "all-linear"
-RESTORE = "restore the config that was saved with the adapter"
+RESTORE = "restore the adapter_config.json that was saved with the adapter"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The fields of a config that say which modules get LoRA.
+    """The fields of a config that select the modules with LoRA.
 
-    A string is a pattern that matches whole paths; names in a set match the ends of paths.
+    A string is a pattern for whole paths; the names in a set match the ends of paths.
     """
 
-    named: str | frozenset[str]
+    included: str | frozenset[str]
     excluded: str | frozenset[str]
     saved: tuple[str, ...]
-    """``modules_to_save``: they and what is inside them get none."""
+    """``modules_to_save``: neither they nor modules inside them get LoRA."""
     layers: frozenset[int]
-    """Where not empty, the only layers that get any."""
+    """The only layers that get LoRA; empty for all."""
     layers_patterns: tuple[str, ...]
-    """Patterns of the path before a layer's number."""
+    """Patterns of the path before the number of a layer."""
 
     def include(self, module: str, clock: Clock) -> bool:
         """Whether a linear layer gets LoRA.
 
         Raises:
-            TimeoutError: the patterns take too long.
+            TimeoutError: the time budget is spent.
         """
         if self.excluded and _matches(self.excluded, module, clock):
             return False
-        # PEFT takes each name for a pattern; as one, a thousand names cost no more than one
+        # PEFT matches each name as a pattern; joined, a thousand cost no more than one
         if self.saved and clock.match(rf"(^|.*\.)({'|'.join(self.saved)})($|\..*)", module) is not None:
             return False
-        if isinstance(self.named, str) and self.named.lower() == ALL_LINEAR:
+        if isinstance(self.included, str) and self.included.lower() == ALL_LINEAR:
             return True
-        if not _matches(self.named, module, clock):
+        if not _matches(self.included, module, clock):
             return False
-        # PEFT takes a whole path as it is, whatever the layers say
-        if not self.layers or isinstance(self.named, str) or module in self.named:
+        # to PEFT, a pattern or a whole path overrides layers_to_transform
+        if not self.layers or isinstance(self.included, str) or module in self.included:
             return True
         return self._layer(module, clock) in self.layers
 
     def _layer(self, module: str, clock: Clock) -> int | None:
         before = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_patterns] or [r".*?\.[^.]*"]
         for path in before:
-            found = clock.match(rf"{path}\.(?P<idx>\d+)\.", module)
-            if found is not None:
-                return int(found["idx"])
+            match = clock.match(rf"{path}\.(?P<idx>\d+)\.", module)
+            if match is not None:
+                return int(match["idx"])
         return None
 
 
@@ -70,7 +70,7 @@ def _matches(wanted: str | frozenset[str], module: str, clock: Clock) -> bool:
 
 
 def _endings(module: str) -> Iterator[str]:
-    """The path, and what is left of it after each dot."""
+    """The path, and its tail after each dot."""
     while module:
         yield module
         module = module.partition(".")[2]
@@ -79,13 +79,13 @@ def _endings(module: str) -> Iterator[str]:
 def read_targets(
     config: Mapping[str, Any], saved: Iterable[str], clock: Clock, where: str
 ) -> tuple[Targets | None, list[Problem]]:
-    """Read the fields, refusing what PEFT would refuse."""
+    """Read the fields; the problems are what PEFT would refuse, too."""
     problems: list[Problem] = []
 
     def refuse(cause: str, fix: str = RESTORE) -> None:
         problems.append(Problem(f"{where}: {cause}", fix))
 
-    def words(name: str) -> str | frozenset[str]:
+    def names_of(name: str) -> str | frozenset[str]:
         value = config.get(name)
         if isinstance(value, str):
             check(name, value)
@@ -101,13 +101,13 @@ def read_targets(
         try:
             why = clock.check(pattern)
         except TimeoutError:
-            why = f"takes longer than {SECONDS:g} s to read"
+            why = f"takes longer than {SECONDS:g} s to match"
         if why:
-            refuse(f"{name} holds a pattern that {why}")
+            refuse(f"{name} has a pattern that {why}")
 
-    named, excluded = words("target_modules"), words("exclude_modules")
+    included, excluded = names_of("target_modules"), names_of("exclude_modules")
     if config.get("target_modules") is None:
-        refuse("target_modules is missing, and PEFT knows no default for these models")
+        refuse("target_modules is missing, and PEFT has no default for these models")
     patterns = config.get("layers_pattern")
     patterns = [patterns] if isinstance(patterns, str) else patterns
     layers = config.get("layers_to_transform")
@@ -124,11 +124,13 @@ def read_targets(
         check("layers_pattern", pattern)
     for name in saved:
         if not re.fullmatch(r"[\w.-]+", name):
-            refuse(f"modules_to_save names {name[:200]!r}, which is no path of a module")
-    if isinstance(named, str) and (layers is not None or patterns is not None):
-        refuse("layers_to_transform stands beside a pattern of target_modules, which PEFT refuses")
+            refuse(f"modules_to_save lists {name[:200]!r}, which is not a module path")
+    if isinstance(included, str) and (layers is not None or patterns is not None):
+        refuse(
+            "layers_to_transform or layers_pattern is set although target_modules is a pattern, which PEFT rejects"
+        )
     elif patterns and layers is None:
-        refuse("layers_pattern stands without layers_to_transform, which PEFT refuses")
+        refuse("layers_pattern is set without layers_to_transform, which PEFT rejects")
     if problems:
         return None, problems
-    return Targets(named, excluded, tuple(saved), frozenset(layers or ()), tuple(patterns or ())), []
+    return Targets(included, excluded, tuple(saved), frozenset(layers or ()), tuple(patterns or ())), []

@@ -33,7 +33,7 @@ from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import TorchSource
-from bridge.lora.distance import entries, module_error
+from bridge.lora.distance import module_error, products
 from bridge.lora.factors import Factors
 from bridge.peft.config import PREFIX, A, AdapterConfig, module_of, read_config
 from bridge.proof.peft_skeleton import (
@@ -345,7 +345,7 @@ def _runtime_output(rule: Rule, factors: Factors, x: torch.Tensor) -> torch.Tens
     import torch
 
     if rule.runtime is None:
-        outputs = [x @ a.T @ b.T for _, b, a in entries(factors.axes, factors.a, factors.b)]
+        outputs = [x @ a.T @ b.T for _, b, a in products(factors.axes, factors.a, factors.b)]
         return factors.scale * torch.cat(outputs, 1)
     a, b = (torch.from_numpy(factor.astype(np.float64)) for factor in (factors.a, factors.b))
     operands, _ = rule.runtime.split("->")
@@ -365,7 +365,7 @@ def _change_error(layer: Any, factors: Factors) -> float:
     spread = whole.reshape(*(sizes[axis] for axis in output), -1)
     gap = norm = 0.0
     try:
-        for at, wide_b, wide_a in entries(factors.axes, factors.a, factors.b):
+        for at, wide_b, wide_a in products(factors.axes, factors.a, factors.b):
             b, a = (factors.scale * wide_b).float(), wide_a.float()
             ours = spread[at].reshape(len(b), -1)
             step = max(1, TILE // a.shape[1])

@@ -1,1 +1,1 @@
-"""Outputs that appear whole, and are accounted for."""
+"""Atomic publication of outputs, and their records."""

@@ -1,9 +1,9 @@
-"""Outputs that appear whole or not at all.
+"""Atomic publication of an output: it appears whole or not at all.
 
-A directory is built beside its destination under a private name, under a lock, brought to disk,
-and renamed. An output that is overwritten stands until the new one is whole: the two are
-exchanged, and when that is on disk the old one is deleted. What a killed run left behind is
-recognised by its name and removed by the next run to the same destination.
+Under a lock, a directory is built beside its destination under a private name, synced to disk and
+renamed. An output to be overwritten stays until the new one is complete: then the two are exchanged,
+and once that is on disk the old one is deleted. The next run to the same destination recognises the
+leftovers of a killed run by their names, and removes them.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from pathlib import Path
 from bridge.errors import OutputRefused, Problem, system_problem
 from bridge.publish.lock import locked
 from bridge.publish.record import RECORD
-from bridge.publish.rename import ASIDE, exchange, lists, place, sync_directory, sync_tree
+from bridge.publish.rename import ASIDE, exchange, list_names, place, sync_directory, sync_tree
 
 
 def replaceable(path: Path) -> bool:
-    """Whether ``--overwrite`` may replace it: an output of bridge, or an empty directory."""
+    """Whether ``--overwrite`` may replace a path: an output of bridge, or an empty directory."""
     return path.is_dir() and not path.is_symlink() and ((path / RECORD).is_file() or not any(path.iterdir()))
 
 
 @contextlib.contextmanager
 def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = None) -> Iterator[Path]:
-    """Yield a private directory beside ``destination``; rename it there when the block ends well.
+    """Yield a private directory beside ``destination``; rename it there if the block succeeds.
 
     On any exception the private directory is removed and nothing else has changed, unless the
-    exception came when the output was in its place: then a note of the exception says so. A note
-    of an interrupt says which it is.
+    output was in place already: then a note on the exception says so. An interrupt always gets a
+    note which of the two it is.
 
     Args:
         destination: an absolute path.
-        overwrite: replace what bridge has written there.
-        notes: what was found left over and what was done about it is appended.
+        overwrite: replace an earlier output of bridge.
+        notes: what was done about leftovers of killed runs is appended.
 
     Raises:
-        OutputRefused: another run writes there, the destination has come to exist meanwhile, or
-            the system refuses to write.
+        OutputRefused: another run is writing there, the destination was created meanwhile, or the
+            system refuses to write.
     """
     notes = [] if notes is None else notes
-    made: list[Path] = []
+    created: list[Path] = []
     written = False
     try:
-        _make_parents(destination.parent, made)
+        _make_parents(destination.parent, created)
         with locked(lock_file(destination), destination) as alone:
             if alone:
                 notes += sweep(destination)
             if os.path.lexists(destination) and not overwrite:
-                raise _came_to_exist(destination)
+                raise _created_meanwhile(destination)
             with _private(destination, notes) as private:
                 yield private
                 sync_tree(private)
                 _put(private, destination, overwrite=overwrite)
             written = True
     except BaseException as error:
-        for directory in reversed(made):
+        for directory in reversed(created):
             with contextlib.suppress(OSError):
                 directory.rmdir()
         if written:
@@ -76,36 +76,38 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
 
 
 def sweep(destination: Path) -> list[str]:
-    """Remove what killed runs to this destination left beside it; says what.
+    """Remove what killed runs to this destination left beside it; the notes say what.
 
-    The lock must be held: without it no run can be told from one that was killed.
+    The caller must own the lock: without it, leftovers look like a run in progress.
     """
     notes = []
     name = re.compile(re.escape(_prefix(destination)) + rf"(\d+)-[0-9a-f]{{8}}({ASIDE})?")
-    for found in lists(destination.parent):
-        match, path = name.fullmatch(found), destination.with_name(found)
+    for entry in list_names(destination.parent):
+        match, path = name.fullmatch(entry), destination.with_name(entry)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
         pid = int(match[1])
         if pid != os.getpid() and _alive(pid):
-            notes.append(f"{path} is left over, or of a run on another machine: process {pid} is alive here")
+            notes.append(
+                f"kept {path}: left over, or in use by another machine (process {pid} is running here)"
+            )
         elif match[2] and not os.path.lexists(destination):
-            # killed between the two renames that stand for an exchange
+            # killed between the two renames of an emulated exchange
             path.rename(destination)
             sync_directory(destination.parent)
-            notes.append(f"{destination} was set aside by a run that was killed (pid {pid}), and is back")
+            notes.append(f"restored {destination}: a killed run (pid {pid}) had moved it aside")
         else:
-            notes.append(_remove(path) or f"removed {path}, left over from a run that was killed (pid {pid})")
+            notes.append(_remove(path) or f"removed {path}, left over from a killed run (pid {pid})")
     return notes
 
 
 def lock_file(destination: Path) -> Path:
-    """Where the lock of an output is while a run writes it."""
+    """The path of the lock of an output."""
     return destination.with_name(f"{_prefix(destination)}lock")
 
 
 def _prefix(destination: Path) -> str:
-    """How names of the lock and of private directories begin; short, where the output's is long."""
+    """The prefix of the names of lock and private directories; short even if the output's name is long."""
     return f".{destination.name[:20]}.bridge-{zlib.crc32(os.fsencode(destination.name)):08x}-"
 
 
@@ -121,20 +123,20 @@ def _alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
-    """A directory beside the destination; what is under its name in the end is removed."""
+    """A directory beside the destination; whatever has its name in the end is removed."""
     private = destination.with_name(f"{_prefix(destination)}{os.getpid()}-{secrets.token_hex(4)}")
-    made: os.stat_result | None = None
-    # for removing it, should descriptors have run out by then
+    identity: os.stat_result | None = None
+    # a spare descriptor, to remove it even if all others are in use
     spare = os.open(os.devnull, os.O_RDONLY)
     try:
         private.mkdir()
-        made = os.lstat(private)
+        identity = os.lstat(private)
         yield private
     except BaseException as error:
         if (
-            made is not None
+            identity is not None
             and os.path.lexists(destination)
-            and os.path.samestat(made, os.lstat(destination))
+            and os.path.samestat(identity, os.lstat(destination))
         ):
             error.add_note(_is_written(destination))
             with contextlib.suppress(OSError):
@@ -142,21 +144,19 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
         raise
     finally:
         os.close(spare)
-        if said := _remove(private):
-            notes.append(said)
+        if note := _remove(private):
+            notes.append(note)
 
 
 def _remove(path: Path) -> str:
-    """Remove a directory; says so where it cannot be done."""
+    """Remove a directory; a note if that fails."""
     _remove_all(path)
-    return (
-        f"{path} could not be removed: it is left over, and safe to remove" if os.path.lexists(path) else ""
-    )
+    return f"could not remove {path}: it is left over, and safe to remove" if os.path.lexists(path) else ""
 
 
 def _remove_all(path: Path) -> None:
-    """As ``shutil.rmtree``, with one descriptor at a time: they may have run out."""
-    for name in lists(path):
+    """``shutil.rmtree`` with one descriptor at a time, as few may be left."""
+    for name in list_names(path):
         inner = path / name
         if inner.is_dir() and not inner.is_symlink():
             _remove_all(inner)
@@ -167,28 +167,28 @@ def _remove_all(path: Path) -> None:
         path.rmdir()
 
 
-def _make_parents(directory: Path, made: list[Path]) -> None:
-    """Create a directory and its parents; adds those that it made to ``made``, outermost first."""
+def _make_parents(directory: Path, created: list[Path]) -> None:
+    """Create a directory and its parents; the new ones are appended to ``created``, outermost first."""
     missing = []
     while not directory.exists():
         missing.append(directory)
         directory = directory.parent
     for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another run made it
+        with contextlib.suppress(FileExistsError):  # by another run
             path.mkdir()
-            made.append(path)
+            created.append(path)
             sync_directory(path.parent)
 
 
 def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
-    """Rename, and bring that to disk; undone where the disk fails."""
+    """Rename, and sync; undone if the sync fails."""
     replaces = os.path.lexists(destination)
     if replaces and not (overwrite and replaceable(destination)):
-        raise _came_to_exist(destination)
+        raise _created_meanwhile(destination)
     try:
         (exchange if replaces else place)(private, destination)
     except FileExistsError as error:
-        raise _came_to_exist(destination) from error
+        raise _created_meanwhile(destination) from error
     try:
         sync_directory(destination.parent)
     except OSError:
@@ -201,10 +201,10 @@ def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
 
 
 def _is_written(destination: Path) -> str:
-    return f"{destination} is written, and whole"
+    return f"{destination} was written completely"
 
 
-def _came_to_exist(destination: Path) -> OutputRefused:
+def _created_meanwhile(destination: Path) -> OutputRefused:
     return OutputRefused(
-        Problem(f"{destination} came to exist while bridge was running", "name another output")
+        Problem(f"{destination} was created while bridge was running", "choose another output")
     )

@@ -1,4 +1,4 @@
-"""What forbids writing to a destination, found before anything is read."""
+"""Checks of a destination before anything is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from bridge.conversion.render import size
+from bridge.display import byte_size, counted
 from bridge.errors import Problem
 from bridge.publish.atomic import lock_file, replaceable
 from bridge.publish.lock import check_lock
@@ -17,36 +17,36 @@ from bridge.publish.record import RECORD
 
 
 def check_apart(destination: Path, source: Path | None) -> list[Problem]:
-    """Whether an output and what it is made from are one, or lie inside each other.
+    """Check that output and source are not the same directory, nor one inside the other.
 
-    Directories are compared by what they are, not by name: a bind mount, a hard link or another
-    case of the same name is the same directory.
+    Directories are compared by inode, not by name: a bind mount, a symlink or another case of a name
+    is the same directory.
     """
     if source is None:
         return []
-    real, whence = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
-    if real == whence or whence in real.parents or _same(whence, (real, *real.parents)):
-        return [Problem(f"{destination} lies inside the source {source}", "name an output outside of it")]
-    if real in whence.parents or _same(real, whence.parents):
-        return [Problem(f"the source {source} lies inside {destination}", "name an output beside it")]
+    output, read = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    if output == read or read in output.parents or _same(read, (output, *output.parents)):
+        return [Problem(f"{destination} is inside the source {source}", "choose an output outside it")]
+    if output in read.parents or _same(output, read.parents):
+        return [Problem(f"the source {source} is inside {destination}", "choose an output outside it")]
     return []
 
 
 def check_kept(destination: Path, files: Iterable[str | Path]) -> list[Problem]:
-    """Source files that would go with the old output: symlinks may lead there."""
+    """Check that no source file, symlinks resolved, would be deleted with the old output."""
     inside = [file for file in files if _same(destination, Path(os.path.realpath(file)).parents)]
     if not inside:
         return []
     return [
         Problem(
-            f"{destination} holds {len(inside)} of the source's files (the first: {inside[0]})",
-            "name an output beside it",
+            f"{destination} contains {counted(len(inside), 'file')} of the source (the first: {inside[0]})",
+            "choose another output",
         )
     ]
 
 
 def _same(path: Path, others: Iterable[Path]) -> bool:
-    """Whether one of the others is this directory."""
+    """Whether one of the other paths is this directory."""
     try:
         state = os.stat(path)
     except OSError:
@@ -61,9 +61,9 @@ def _same(path: Path, others: Iterable[Path]) -> bool:
 
 
 def check_destination(destination: Path, source: Path | None, *, overwrite: bool) -> list[Problem]:
-    """What forbids writing to ``destination``, before anything is read."""
+    """Check that ``destination`` can be created, or replaced with ``overwrite``."""
     if "\0" in str(destination) or destination.name in ("", ".."):
-        return [Problem(f"{destination} does not name a directory to make", "give it a name")]
+        return [Problem(f"{destination} is not a valid path for a directory", "choose another output")]
     problems = check_apart(destination, source)
     existing = destination.parent
     while not os.path.lexists(existing) and existing != existing.parent:
@@ -74,24 +74,24 @@ def check_destination(destination: Path, source: Path | None, *, overwrite: bool
     if os.path.lexists(destination):
         if not overwrite:
             problems.append(
-                Problem(f"{destination} exists", "name another output, or add --overwrite to replace it")
+                Problem(f"{destination} exists", "choose another output, or add --overwrite to replace it")
             )
         elif (kind := _kind(destination)) != "a directory":
-            problems.append(Problem(f"{destination} exists and is {kind}", "name another output"))
+            problems.append(Problem(f"{destination} exists and is {kind}", "choose another output"))
         elif not os.access(destination, os.R_OK | os.X_OK) or not replaceable(destination):
             problems.append(
                 Problem(
-                    f"{destination} exists and was not written by bridge (it has no {RECORD})",
-                    "remove it yourself, or name another output",
+                    f"{destination} exists and was not written by bridge (no {RECORD})",
+                    "choose another output, or move it away first",
                 )
             )
     if not existing.is_dir():
         kind = _kind(existing)
         what = "is not a directory" if kind == "a file" else f"is {kind}, not a directory"
-        problems.append(Problem(f"{existing} {what}", "name an output in a directory"))
+        problems.append(Problem(f"{existing} {what}", "choose an output in a directory"))
     elif not os.access(existing, os.W_OK | os.X_OK):
-        what = "is on a file system mounted read-only" if _read_only(existing) else "cannot be written to"
-        problems.append(Problem(f"{existing} {what}", "name another output, or change its mode"))
+        what = "is on a read-only file system" if _read_only(existing) else "is not writable"
+        problems.append(Problem(f"{existing} {what}", "choose another output, or make it writable"))
     return problems
 
 
@@ -103,14 +103,14 @@ def _too_long(destination: Path, existing: Path) -> Problem | None:
     bytes_ = max(len(os.fsencode(part)) for part in destination.parts)
     if bytes_ > longest:
         return Problem(
-            f"{destination}: a name in it has {bytes_} bytes, and the file system allows {longest}",
-            "name a shorter one",
+            f"{destination}: a name of {bytes_} bytes exceeds the {longest} that the file system allows",
+            "choose a shorter name",
         )
-    # the longest file of an output lies some way below it
+    # PATH_MAX is 4096, and the files of an output have longer paths
     if len(os.fsencode(destination)) > 3800:
         return Problem(
-            f"the output's path has {len(os.fsencode(destination))} bytes, more than systems allow for its files",
-            "name a shorter one",
+            f"the output path has {len(os.fsencode(destination))} bytes, too many for the paths of its files",
+            "choose a shorter path",
         )
     return None
 
@@ -121,7 +121,7 @@ def _kind(path: Path) -> str:
         try:
             os.stat(path)
         except OSError:
-            return f"a symlink to {os.readlink(path)}, which leads nowhere"
+            return f"a broken symlink to {os.readlink(path)}"
         return f"a symlink to {os.readlink(path)}"
     for test, name in (
         (stat.S_ISDIR, "a directory"),
@@ -139,8 +139,8 @@ def _read_only(path: Path) -> bool:
 
 
 def check_twins(destination: Path, names: Iterable[str]) -> list[Problem]:
-    """Files that would be one, where the file system takes no notice of case or of Unicode's forms."""
-    if not _folds(destination):
+    """Check for names that a case- or normalisation-insensitive file system cannot tell apart."""
+    if not _is_case_insensitive(destination):
         return []
     first: dict[str, str] = {}
     problems = []
@@ -149,24 +149,24 @@ def check_twins(destination: Path, names: Iterable[str]) -> list[Problem]:
         if other != name:
             problems.append(
                 Problem(
-                    f"{destination}: {other} and {name} would be one file there",
-                    "rename one in the source, or name an output on a file system that knows case",
+                    f"{destination}: {other} and {name} would be the same file on this file system",
+                    "rename one in the source, or choose an output on a case-sensitive file system",
                 )
             )
     return problems
 
 
-def _folds(destination: Path) -> bool:
-    """Whether the directory that will hold it goes by several names that differ by case."""
+def _is_case_insensitive(destination: Path) -> bool:
+    """Whether the destination's directory can be reached by a name in another case."""
     path = destination.parent
     while not path.exists():
         path = path.parent
-    named = next((p for p in (path, *path.parents) if p.name.swapcase() != p.name), None)
-    return named is not None and _same(named, [named.with_name(named.name.swapcase())])
+    cased = next((p for p in (path, *path.parents) if p.name.swapcase() != p.name), None)
+    return cased is not None and _same(cased, [cased.with_name(cased.name.swapcase())])
 
 
 def check_space(destination: Path, needed: int) -> list[Problem]:
-    """Whether the file system of ``destination`` has room for the output, the old one staying."""
+    """Check the free space for the output, which is complete before an old one is deleted."""
     existing = destination.parent
     while not existing.exists():
         existing = existing.parent
@@ -175,7 +175,7 @@ def check_space(destination: Path, needed: int) -> list[Problem]:
         return []
     return [
         Problem(
-            f"{destination} needs {size(needed)}, and {size(free)} are free there",
-            "free some space, name an output elsewhere, or add --dtype bfloat16",
+            f"{destination} needs {byte_size(needed)}, but only {byte_size(free)} are free",
+            "free some space, choose an output on another disk, or add --dtype bfloat16",
         )
     ]

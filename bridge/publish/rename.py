@@ -1,4 +1,4 @@
-"""Putting a directory in its place in one step, and on disk: Linux's renames, and ``fsync``."""
+"""Atomic renames and exchanges of directories, and syncing them to disk."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _AT_FDCWD = -100
 _NOREPLACE = 1
 _EXCHANGE = 2
 
-#: what kernels, file systems and sandboxes without renameat2's flags say
+#: errors of kernels, file systems and sandboxes without the flags of renameat2
 _WITHOUT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
-#: what file systems say that have nothing to sync in a directory, or directories one may not list
+#: errors of file systems that do not sync directories, and of unreadable directories
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 
-#: name of an output that stands aside while the new one takes its place
+#: suffix of an old output that was moved aside
 ASIDE = "-old"
 
 
 def place(private: Path, destination: Path) -> None:
-    """Rename a directory to where nothing is. Raises FileExistsError, OSError."""
+    """Rename a directory to a new name. Raises FileExistsError, OSError."""
     if _renameat2(private, destination, _NOREPLACE):
         return
     if os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
-    # onto an empty directory that came to exist this instant it succeeds, which loses nothing
+    # may replace an empty directory created just now, which loses nothing
     private.rename(destination)
 
 
 def exchange(private: Path, destination: Path) -> None:
-    """Exchange two directories. Raises OSError; both are where they were then."""
+    """Exchange two directories. Raises OSError, and then both are in their old places."""
     if _renameat2(private, destination, _EXCHANGE):
         return
     aside = private.with_name(private.name + ASIDE)
@@ -47,7 +47,7 @@ def exchange(private: Path, destination: Path) -> None:
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> bool:
-    """Whether it was done; False where the system or the file system has no such thing."""
+    """Rename with flags; False if the system or the file system does not support them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -60,11 +60,11 @@ def _renameat2(old: Path, new: Path, flags: int) -> bool:
 
 
 def sync_tree(directory: Path) -> None:
-    """Bring everything below a directory to disk, itself last.
+    """Sync everything below a directory to disk, the directory itself last.
 
     Raises:
-        OSError: it is not. Never to be tried again: the system forgets what it failed to write,
-            and the next fsync would succeed.
+        OSError: a write failed. Never retry: the system forgets what it failed to write, and the
+            next fsync would succeed.
     """
     for root, _, files in os.walk(directory, topdown=False):
         for name in files:
@@ -73,7 +73,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to disk. Raises OSError."""
+    """Sync the entries of a directory to disk. Raises OSError."""
     try:
         _sync(path)
     except OSError as error:
@@ -92,8 +92,8 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def lists(path: Path) -> list[str]:
-    """Names in a directory, sorted; none where it may not be listed."""
+def list_names(path: Path) -> list[str]:
+    """Names in a directory, sorted; none if it cannot be listed."""
     with contextlib.suppress(OSError):
         return sorted(os.listdir(path))
     return []

@@ -1,1 +1,1 @@
-"""The pages of `verify` and `diff`."""
+"""HTML reports of `verify` and `diff`."""

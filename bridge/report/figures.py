@@ -1,7 +1,7 @@
-"""Plots as inline SVG, drawn by matplotlib without a window, a clock or a network.
+"""Plots as inline SVG, reproducible byte for byte, drawn by matplotlib without a display.
 
-Text and axes take the page's own colour, so that one drawing serves light and dark pages. One
-drawing unit is one CSS pixel. Imports matplotlib when something is drawn.
+Text and axes use the text colour of the page, so one drawing serves light and dark pages. One
+drawing unit is one CSS pixel. matplotlib is imported with the first plot.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: placeholder for the page's text colour
+#: placeholder for the text colour of the page
 INK = "#010203"
-#: all of middle lightness: they read on white and on near-black
+#: of medium lightness, to be legible on white and on near-black
 RAMP = ((242, 201, 138), (235, 154, 109), (220, 106, 104), (184, 74, 123), (130, 60, 132))
 FLOAT32, BFLOAT16, BROKEN = "#3f86c0", "#d98032", "#d23b3b"
 FAINT = 0.13
 FONT = 11
-#: width of a panel: two stand side by side in a wide window, one fills a phone
+#: width of a panel: two fit side by side in a wide window, one fills a phone
 PANEL = 440
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "bridge",
@@ -45,16 +45,16 @@ STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Where a value lies between ``low`` and ``high``, by its logarithm unless ``linear``."""
+class PlotScale:
+    """The scale of an axis or of colours, from ``low`` to ``high``: log10 unless ``linear``."""
 
     low: float
     high: float
     linear: bool = False
 
     @classmethod
-    def over(cls, values: Iterable[float], decades: float = 12) -> Scale:
-        """A logarithmic scale over the positive finite ones, the uppermost ``decades`` at most."""
+    def over(cls, values: Iterable[float], decades: float = 12) -> PlotScale:
+        """A logarithmic scale over the positive finite values, of at most the top ``decades``."""
         logs = [math.log10(value) for value in values if 0 < value < math.inf]
         if not logs:
             return cls(-1, 0)
@@ -68,7 +68,7 @@ class Scale:
         return min(max(place, self.low), self.high)
 
     def colour(self, value: float) -> str | tuple[str, float]:
-        """Of a heat map's cell. Zero and what is not finite have their own."""
+        """The colour of a cell in a heat map; zero and non-finite values have their own."""
         if not math.isfinite(value):
             return BROKEN
         if value == 0 and not self.linear:
@@ -78,15 +78,15 @@ class Scale:
         return "#" + "".join(f"{round(float(part)):02x}" for part in mixed)
 
     def ticks(self) -> dict[float, str]:
-        """Places -> labels: whole decades, or steps of 1, 2, 5 where there are too few."""
+        """Positions -> labels: whole decades, or steps of 1, 2, 5 if there are too few."""
         if self.linear:
             return {step: f"{step:.0%}" for step in np.linspace(self.low, self.high, 5)}
         whole = range(math.ceil(self.low), math.floor(self.high) + 1)
         if len(whole) > 1:
             return {float(n): _power(n) for n in whole[:: 1 + len(whole) // 8]}
         steps = [(k, n) for n in range(math.floor(self.low), math.ceil(self.high)) for k in (1, 2, 5)]
-        found = {math.log10(k) + n: f"{k}·{_power(n)}".removeprefix("1·") for k, n in steps}
-        return {place: label for place, label in found.items() if self.low <= place <= self.high}
+        labels = {math.log10(k) + n: f"{k}·{_power(n)}".removeprefix("1·") for k, n in steps}
+        return {place: label for place, label in labels.items() if self.low <= place <= self.high}
 
 
 def _power(exponent: int) -> str:
@@ -95,11 +95,11 @@ def _power(exponent: int) -> str:
 
 def heat_map(
     cells: Mapping[tuple[str, int | None], float],
-    scale: Scale,
+    scale: PlotScale,
     label: str,
     marked: Collection[tuple[str, int | None]] = (),
 ) -> str:
-    """A square for every (module, layer): modules downwards, layers to the right."""
+    """A square for every (module, layer), modules as rows and layers as columns."""
     from matplotlib.collections import PolyCollection
 
     rows = list(dict.fromkeys(row for row, _ in cells))
@@ -127,9 +127,9 @@ def heat_map(
 
 
 def colour_key(
-    scale: Scale, label: str, allowed: Sequence[float] = (), *, zero: bool = False, broken: bool = False
+    scale: PlotScale, label: str, bounds: Sequence[float] = (), *, zero: bool = False, broken: bool = False
 ) -> str:
-    """What a heat map's colours mean; the bound stands on it, zero and what is no number beside it."""
+    """The legend of a heat map, with the tolerance marked, and zero and non-finite values beside it."""
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Rectangle
 
@@ -138,15 +138,15 @@ def colour_key(
         axes = _axes(figure, left, 20, width, 12)
         axes.set(xlim=(scale.low, scale.high), ylim=(0, 1))
         edges = np.linspace(scale.low, scale.high, 65)
-        # each bar reaches to the end, below the next ones: no seams
+        # each bar extends to the end below the next ones, to avoid seams
         bars = [[(a, 0), (a, 1), (edges[-1], 1), (edges[-1], 0)] for a in edges[:-1]]
         middles = (edges[:-1] + edges[1:]) / 2
         colours = [scale.colour(float(value)) for value in (middles if scale.linear else 10**middles)]
         axes.add_collection(PolyCollection(bars, facecolors=colours, lw=0))
-        if allowed:
-            place = scale.at(max(allowed))
+        if bounds:
+            place = scale.at(max(bounds))
             axes.plot([place, place], [0, 1.3], color=INK, lw=1.6, clip_on=False)
-            _bound(axes, scale, allowed, 1.5)
+            _bound(axes, scale, bounds, 1.5)
         inside = axes.transAxes
         for shown, pixel, value, word in (
             (zero, -left, 0, "equal"),
@@ -164,9 +164,9 @@ def colour_key(
 
 
 def histogram(
-    values: Iterable[float], scale: Scale, colour: str, label: str, allowed: Sequence[float] = ()
+    values: Iterable[float], scale: PlotScale, colour: str, label: str, bounds: Sequence[float] = ()
 ) -> str:
-    """How often each size occurs. Values that are zero or not finite are left out."""
+    """The distribution of values; zero and non-finite ones are left out."""
     from matplotlib.ticker import MaxNLocator
 
     places = [scale.at(value) for value in values if 0 < value < math.inf]
@@ -176,16 +176,19 @@ def histogram(
         axes.set_xlim(scale.low, scale.high)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         _ticks(axes, scale)
-        if allowed:
-            axes.axvline(scale.at(max(allowed)), color=INK, lw=1.4, ls=(0, (3, 2)))
-            _bound(axes, scale, allowed, 1.02)
+        if bounds:
+            axes.axvline(scale.at(max(bounds)), color=INK, lw=1.4, ls=(0, (3, 2)))
+            _bound(axes, scale, bounds, 1.02)
         return _svg(figure, label)
 
 
 def strips(
-    points: Mapping[str, Sequence[tuple[str, float]]], bounds: Mapping[str, float], scale: Scale, label: str
+    points: Mapping[str, Sequence[tuple[str, float]]],
+    bounds: Mapping[str, float],
+    scale: PlotScale,
+    label: str,
 ) -> str:
-    """A line for every module, a dot (colour, value) for every layer, and a tick at the bound."""
+    """A line for every module, with a dot (colour, value) for every layer and a tick at the tolerance."""
     left, height = _text_width(points), 20
     with _drawing(PANEL, height * len(points) + 26) as figure:
         axes = _axes(figure, left, 2, PANEL - left - 14, height * len(points))
@@ -206,11 +209,11 @@ def strips(
         return _svg(figure, label)
 
 
-def spectrum(lines: Mapping[int, Sequence[float]], scale: Scale, label: str) -> str:
-    """Singular values, largest first; a line for every layer, later ones darker."""
+def spectrum(lines: Mapping[int, Sequence[float]], scale: PlotScale, label: str) -> str:
+    """Singular values, largest first; a line for every layer, later layers darker."""
     from matplotlib.ticker import MaxNLocator
 
-    shade = Scale(min(lines), max(*lines, min(lines) + 1), linear=True)
+    shade = PlotScale(min(lines), max(*lines, min(lines) + 1), linear=True)
     with _drawing(190, 132) as figure:
         axes = _axes(figure, 36, 4, 146, 104)
         for layer, values in lines.items():
@@ -221,7 +224,7 @@ def spectrum(lines: Mapping[int, Sequence[float]], scale: Scale, label: str) -> 
         longest = max(map(len, lines.values()))
         axes.set(xlim=(1 - 0.04 * longest, longest * 1.04), ylim=(scale.low, scale.high))
         numbers = MaxNLocator(4, integer=True).tick_values(1, longest)
-        # the first value is number one
+        # values are numbered from one
         axes.set_xticks([number for number in numbers if 1 <= number <= longest])
         axes.set_yticks(list(scale.ticks()), list(scale.ticks().values()))
         axes.grid(axis="y", color=INK, alpha=FAINT, lw=0.8)
@@ -233,12 +236,12 @@ def _drawing(width: float, height: float) -> Iterator[Figure]:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", STYLE]):  # whatever the user's own matplotlibrc says
+    with matplotlib.style.context(["default", STYLE]):  # regardless of the user's matplotlibrc
         yield Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
 def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes placed by pixels from the upper left corner."""
+    """Axes at a position in pixels from the upper left corner."""
     whole_width, whole_height = figure.get_size_inches() * 72
     bottom = whole_height - top - height
     return figure.add_axes(
@@ -261,16 +264,16 @@ def _cross(axes: Axes, x: float, y: float) -> None:
     axes.plot(x, y, "x", color="#1a1a1a", ms=6, mew=1.5)
 
 
-def _ticks(axes: Axes, scale: Scale) -> None:
+def _ticks(axes: Axes, scale: PlotScale) -> None:
     axes.set_xticks(list(scale.ticks()), list(scale.ticks().values()))
 
 
-def _bound(axes: Axes, scale: Scale, allowed: Sequence[float], y: float) -> None:
-    place = scale.at(max(allowed))
+def _bound(axes: Axes, scale: PlotScale, bounds: Sequence[float], y: float) -> None:
+    place = scale.at(max(bounds))
     side = "right" if place > (scale.low + scale.high) / 2 else "left"
-    low, high = (f"{value:.1e}" for value in (min(allowed), max(allowed)))
-    said = f"allowed {low}" if low == high else f"allowed {low} to {high}"
-    axes.text(place, y, said, ha=side, va="bottom", transform=axes.get_xaxis_transform())
+    low, high = (f"{value:.1e}" for value in (min(bounds), max(bounds)))
+    label = f"tolerance {low}" if low == high else f"tolerance {low} to {high}"
+    axes.text(place, y, label, ha=side, va="bottom", transform=axes.get_xaxis_transform())
 
 
 def _text_width(rows: Iterable[str]) -> float:
@@ -278,7 +281,7 @@ def _text_width(rows: Iterable[str]) -> float:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The drawing as an element of an HTML page: no declarations, no addresses, no clashing ids."""
+    """The drawing as an element of an HTML page: no XML declaration, no URLs, no clashing ids."""
     from html import escape
 
     out = io.StringIO()
@@ -292,13 +295,13 @@ def _svg(figure: Figure, label: str) -> str:
     opening = f'<svg role="img" aria-label="{escape(label)}" width="{width:.0f}" height="{height:.0f}"'
 
     def tag(match: re.Match[str]) -> str:
-        found = match[0].replace(INK, "currentColor").replace("xlink:href", "href")
-        found = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", found)
-        found = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", found)
-        found = re.sub(r'(url\(#|href="#)', rf"\1{prefix}", found)
-        if found.startswith("<svg"):
-            box = re.search(r'viewBox="[^"]*"', found)
+        markup = match[0].replace(INK, "currentColor").replace("xlink:href", "href")
+        markup = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", markup)
+        markup = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", markup)
+        markup = re.sub(r'(url\(#|href="#)', rf"\1{prefix}", markup)
+        if markup.startswith("<svg"):
+            box = re.search(r'viewBox="[^"]*"', markup)
             return f"{opening} {box[0] if box else ''}>"
-        return found
+        return markup
 
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"<[^>]*>", tag, text))

@@ -1,4 +1,4 @@
-"""The page around the figures: escaping, tables, style. Nothing is loaded from elsewhere."""
+"""HTML around the figures: escaping, tables, style. The page loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 
 class Html(str):
-    """Markup, already escaped."""
+    """Escaped markup."""
 
 
 def text(value: object) -> Html:
@@ -16,12 +16,12 @@ def text(value: object) -> Html:
 
 
 def name(value: object) -> Html:
-    """A path or a weight's name, which may break after its dots and slashes, though not in a number."""
+    """A path or a weight's name, with line breaks allowed at dots and slashes, but not inside numbers."""
     return Html(re.sub(r"/(?=.)|\.(?=[^\W\d])", r"\g<0><wbr>", text(value)))
 
 
 def tag(element: str, *inside: object, **attributes: str) -> Html:
-    """An element; ``class_`` stands for ``class``."""
+    """An element; the attribute ``class`` is spelled ``class_``."""
     extra = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value)
     return Html(f"<{element}{extra}>{''.join(map(text, inside))}</{element}>")
 
@@ -31,9 +31,9 @@ def section(title: str, note: str, *inside: object) -> Html:
 
 
 def panels(figures: Iterable[tuple[str, str]], kind: str = "panels") -> Html:
-    """Drawings with their titles, as many beside each other as there is room for."""
-    found = [tag("figure", tag("figcaption", title), Html(svg)) for title, svg in figures]
-    return tag("div", *found, class_=kind)
+    """Figures with titles, side by side as far as they fit."""
+    titled = [tag("figure", tag("figcaption", title), Html(svg)) for title, svg in figures]
+    return tag("div", *titled, class_=kind)
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> Html:
@@ -41,22 +41,22 @@ def pairs(items: Iterable[tuple[str, object]]) -> Html:
 
 
 def row(cells: Sequence[object], align: str, kind: str = "", cell: str = "td") -> Html:
-    """A table's row; ``align`` has a letter for each cell: name, text or right."""
+    """A table row; ``align`` has a letter per cell: name, text, or right-aligned."""
     styles = {"n": "name", "t": "", "r": "num"}
-    found = [tag(cell, value, class_=styles[a]) for value, a in zip(cells, align, strict=True)]
-    return tag("tr", *found, class_=kind)
+    tags = [tag(cell, value, class_=styles[a]) for value, a in zip(cells, align, strict=True)]
+    return tag("tr", *tags, class_=kind)
 
 
 def table(head: Sequence[str], rows: Iterable[Html], align: str) -> Html:
-    """Scrolls within its box where the window is too narrow."""
+    """A table; it scrolls in a box of its own if the window is too narrow."""
     inside = tag("table", tag("thead", row(head, align, cell="th")), tag("tbody", *rows))
     return tag("div", inside, class_="scroll", tabindex="0")
 
 
 def banner(good: bool | None, headline: str, *lines: str) -> Html:
     kind, sign = {True: ("good", "✓ "), False: ("bad", "✗ "), None: ("plain", "")}[good]
-    said = (tag("p", line) for line in lines)
-    return tag("div", tag("p", sign + headline, class_="headline"), *said, class_=f"banner {kind}")
+    paragraphs = (tag("p", line) for line in lines)
+    return tag("div", tag("p", sign + headline, class_="headline"), *paragraphs, class_=f"banner {kind}")
 
 
 def page(title: str, *inside: object) -> str:

@@ -18,7 +18,7 @@ import xxhash
 
 from bridge.arrays import Spec, box, raw
 from bridge.errors import Problem
-from bridge.formats.contract import Source, Spent
+from bridge.formats.contract import Source, Timings
 from bridge.lora.factors import Factors, LowRank, Matrices
 from bridge.rules.equation import UNIT, Index
 from bridge.rules.factoring import RANK
@@ -70,7 +70,7 @@ class Done:
     written: dict[str, str] = field(default_factory=dict)
     """Checksum of every tensor written, by name."""
     problems: list[Problem] = field(default_factory=list)
-    spent: Spent = field(default_factory=Spent)
+    spent: Timings = field(default_factory=Timings)
 
 
 class WeightsReader(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from bridge.arrays import Spec, raw
-from bridge.formats.contract import Sink, Spent
+from bridge.formats.contract import Sink, Timings
 from bridge.rules.rule import Rule
 from bridge.stream.faults import Faults
 from bridge.stream.readers import Done, FactorReader, Read, Sources, Tick, WeightsReader
@@ -95,7 +95,7 @@ class _Timed:
     """A sink that measures the time it takes."""
 
     sink: Sink
-    spent: Spent
+    spent: Timings
 
     def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         began = time.perf_counter()

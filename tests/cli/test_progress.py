@@ -13,7 +13,7 @@ from bridge.cli.convert import convert
 from bridge.cli.show import progress
 from bridge.conversion.plan import Plan
 from bridge.conversion.run import Result
-from bridge.formats.contract import Spent
+from bridge.formats.contract import Timings
 from tests.kit import checkpoints
 
 ALPHA = 4.0
@@ -111,7 +111,7 @@ def test_a_short_run_and_a_quiet_one_say_nothing(clock: Clock, capsys: pytest.Ca
 class Timed(Executor):
     """Runs steps at once, and says of each that it took so long."""
 
-    def __init__(self, spent: Spent) -> None:
+    def __init__(self, spent: Timings) -> None:
         self.spent, self.steps = spent, 0
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -124,7 +124,7 @@ class Timed(Executor):
 
 
 def test_what_steps_spent_is_summed_over_all_outputs(home: Path, tmp_path: Path) -> None:
-    executor = Timed(Spent(read=0.5, decode=16.0, write=2.0))
+    executor = Timed(Timings(read=0.5, decode=16.0, write=2.0))
     options = {"with_base": True, "lora_alpha": ALPHA, "workers": 4}
     plan = bridge.plan(home / "lora", tmp_path / "out", to="peft-adapter", **options)
     result = plan.run(executor=executor)
@@ -142,10 +142,10 @@ def test_factors_take_time_to_read_and_decode_as_weights_do(home: Path, tmp_path
 
 
 @pytest.fixture
-def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Spent], str]]:
+def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Timings], str]]:
     """What the command prints about a run of seven seconds on two workers that spent so much."""
 
-    def end(spent: Spent) -> str:
+    def end(spent: Timings) -> str:
         result = Result(tmp_path / "out", 10, 20, 3, 7.0, 40, "sum", spent, workers=2)
         monkeypatch.setattr(Plan, "run", lambda plan, progress=None, executor=None: result)
         arguments = [str(home / "lora"), str(tmp_path / "out"), "--to", "torch-base"]
@@ -160,19 +160,21 @@ def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     ("spent", "line"),
     [
         (
-            Spent(3.1, 5.2, 1.9),
+            Timings(3.1, 5.2, 1.9),
             "1.4 x its floor: 2 workers waited 3.1 s for reads, decoded 5.2 s, wrote 1.9 s",
         ),
         (
-            Spent(0.5, 10.0, 0.5),
+            Timings(0.5, 10.0, 0.5),
             "1.3 x its floor: 2 workers waited 0.5 s for reads, decoded 10.0 s, wrote 0.5 s",
         ),
     ],
 )
-def test_the_end_tells_the_ratio_to_the_floor(ended: Callable[[Spent], str], spent: Spent, line: str) -> None:
+def test_the_end_tells_the_ratio_to_the_floor(
+    ended: Callable[[Timings], str], spent: Timings, line: str
+) -> None:
     assert line in ended(spent)
 
 
-def test_where_nothing_was_measured_nothing_is_said(ended: Callable[[Spent], str]) -> None:
-    output = ended(Spent())
+def test_where_nothing_was_measured_nothing_is_said(ended: Callable[[Timings], str]) -> None:
+    output = ended(Timings())
     assert "wrote" in output and "floor" not in output

@@ -586,10 +586,10 @@ CONFIGS = {
     "a word in a pattern": Row(r"alpha_pattern is ", configure(alpha_pattern={"q_proj": "high"})),
     "patterns that are a list": Row(r"rank_pattern is \['q_proj'\]", configure(rank_pattern=["q_proj"])),
     "an invalid pattern": Row(
-        r"rank_pattern holds a pattern that is no regular expression", configure(rank_pattern={"(q_proj": 3})
+        r"rank_pattern has a pattern that is not a valid regular expression", configure(rank_pattern={"(q_proj": 3})
     ),
     "a pattern too long": Row(
-        r"rank_pattern holds a pattern that has 20000 characters",
+        r"rank_pattern has a pattern that has 20000 characters",
         configure(rank_pattern={"q" * 20000: 3}),
     ),
     "a pattern that takes for ever": Row(
@@ -626,7 +626,7 @@ FILES = {
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_text("[" * 100000)
     ),
     "a config too large": Row(
-        r"is larger than 1 MB", lambda s: (s.adapter / CONFIG).write_text(" " * (2 << 20) + "{}")
+        r"exceeds the 1 MB limit", lambda s: (s.adapter / CONFIG).write_text(" " * (2 << 20) + "{}")
     ),
     "a config in latin-1": Row(
         r"adapter_config\.json is damaged", lambda s: (s.adapter / CONFIG).write_bytes(b'{"a": "\xe9"}')
@@ -780,7 +780,7 @@ BASES = {
         ),
     ),
     "an output in the base": Row(
-        r"lies inside the source", lambda s: setattr(s, "out", s.base / "out")
+        r"is inside the source", lambda s: setattr(s, "out", s.base / "out")
     ),
     "alpha for what needs none": Row(r"--lora-alpha", lambda s: s.options.update(lora_alpha=4.0)),
     "rslora for what says it itself": Row(r"--rslora", lambda s: s.options.update(rslora=True)),

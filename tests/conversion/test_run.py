@@ -189,7 +189,7 @@ def test_an_output_that_came_to_exist_while_running(step: Path, tmp_path: Path) 
     one, two = planned(step, tmp_path / "out"), planned(step, tmp_path / "out", dtype="bfloat16")
     one.run()
     before = digest(tmp_path / "out")
-    with pytest.raises(OutputRefused, match="came to exist while bridge was running"):
+    with pytest.raises(OutputRefused, match="was created while bridge was running"):
         two.run()
     assert digest(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -201,7 +201,7 @@ def test_two_runs_to_one_output_at_once(step: Path, tmp_path: Path) -> None:
         # the first has begun, and has not ended
         if done == total:
             with pytest.raises(
-                OutputRefused, match=rf"another bridge \(pid {os.getpid()}\) is writing"
+                OutputRefused, match=rf"another bridge process \(pid {os.getpid()}\) is writing"
             ) as told:
                 second.run()
             refusals.append(told.value)

@@ -15,7 +15,7 @@ import torch
 
 import bridge
 from bridge.errors import OutputRefused, Refusal, RouteRefused
-from bridge.formats.orbax import sink as orbax_writing
+from bridge.formats.orbax import sink
 from bridge.formats.orbax.sink import OrbaxSink
 from bridge.stream import writers
 from tests.kit import checkpoints, golden
@@ -429,7 +429,7 @@ def test_large_leaves_are_written_by_rows_in_small_chunks(
     if origin == "torch":
         bridge.convert(source, tmp_path / "torch", to="torch-merged", dtype="float32")
         source = tmp_path / "torch"
-    monkeypatch.setattr(orbax_writing, "RUN_BYTES", chunk)
+    monkeypatch.setattr(sink, "RUN_BYTES", chunk)
     monkeypatch.setattr(writers, "RUN_BYTES", chunk)
     runs: dict[str, list[tuple[tuple[int, ...], int]]] = {}
     original = OrbaxSink.write
@@ -462,7 +462,7 @@ def test_large_leaves_are_written_by_rows_in_small_chunks(
 def test_a_chunk_is_32_megabytes_at_most() -> None:
     from bridge.arrays import BFLOAT16, FLOAT32, Spec
 
-    assert orbax_writing.RUN_BYTES == writers.RUN_BYTES == 32 << 20
+    assert sink.RUN_BYTES == writers.RUN_BYTES == 32 << 20
     for shape, dtype in (
         ((257152, 2048), FLOAT32),
         ((257152, 2048), BFLOAT16),
@@ -473,7 +473,7 @@ def test_a_chunk_is_32_megabytes_at_most() -> None:
         ((), FLOAT32),
         ((2, 0, 5), FLOAT32),
     ):
-        chunk = orbax_writing.chunk_shape(Spec(shape, dtype))
+        chunk = sink.chunk_shape(Spec(shape, dtype))
         assert Spec(chunk, dtype).nbytes <= 32 << 20
         assert len(chunk) == len(shape) and all(c <= s for c, s in zip(chunk, shape, strict=True))
 
@@ -732,7 +732,7 @@ def test_a_destination_in_the_way_is_refused(pi0: tuple[Tree, Path], tmp_path: P
     for where, overwrite, says in (
         (output, False, "exists"),
         (tmp_path / "other", True, "was not written by bridge"),
-        (output / "params" / "inside", False, "params is not|lies inside|inside"),
+        (output / "params" / "inside", False, "params is not|inside"),
     ):
         source = output if where.parent == output / "params" else pi0[1]
         with pytest.raises(Refusal, match=says) as caught:

@@ -124,7 +124,7 @@ def _serve() -> None:
     # PEFT's loading takes seconds and writes nothing
     bridge.proof.peft_skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
     # write-behind is for large parts, and these are small
-    bridge.formats.disk.syscalls.PART_BYTES = 1
+    bridge.formats.disk.syscalls.MIN_RANGE_BYTES = 1
     families(), formats()
     for name in dir(bridge):
         getattr(bridge, name)  # each is imported when it is first asked for

@@ -19,7 +19,8 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 RUN = """
 import sys, threading, time, os, signal
-from bridge import publish, runner
+from bridge.conversion import run as runner
+from bridge.publish import atomic as publish
 from bridge.cli.main import main
 {patch}
 sys.argv = ["bridge", "convert", "--to", "torch-merged", *sys.argv[1:]]
@@ -114,7 +115,7 @@ def test_the_second_leaves_at_once(
     out = tmp_path / "made" / "out"
     assert not out.exists() and len(list(out.parent.iterdir())) == 2  # the lock's file and the begun output
     result = bridge.convert(step, out, to="torch-merged")
-    assert f"left over from a run that was killed (pid {started.pid})" in result.notes[0]
+    assert f"left over from a killed run (pid {started.pid})" in result.notes[0]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -164,7 +165,7 @@ def test_two_runs_at_once_one_wins_whole(step: Path, tmp_path: Path) -> None:
     assert sorted(codes) == [0, 1], said
     loser = said[codes.index(1)]
     pid = runs[codes.index(0)].pid
-    assert f"another bridge (pid {pid}) is writing {out}" in loser or f"{out} came to exist" in loser or (
+    assert f"another bridge process (pid {pid}) is writing {out}" in loser or f"{out} was created" in loser or (
         f"{out} exists" in loser
     )  # fmt: skip
     bridge.convert(step, tmp_path / "alone", to="torch-merged")

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bridge
-from bridge.formats.disk import readahead as part
-from bridge.formats.disk.readahead import ALIGN, open_part
-from bridge.formats.disk.syscalls import go_direct, is_cached
+from bridge.formats.disk import readahead
+from bridge.formats.disk.readahead import ALIGN, open_range
+from bridge.formats.disk.syscalls import is_cached, set_direct
 from bridge.proof.verify import verify
 from tests.kit.digest import digest
 from tests.kit.golden import Golden
@@ -41,18 +41,18 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def direct(monkeypatch: pytest.MonkeyPatch, big: tuple[Path, bytes]) -> None:
     """Everything that is read is read around the cache."""
     with big[0].open("rb") as file:
-        if not go_direct(file.fileno(), True):
+        if not set_direct(file.fileno(), True):
             pytest.skip("this file system reads through the page cache only")
-    monkeypatch.setattr(part, "is_cached", lambda *_: False)
-    monkeypatch.setattr(part, "LEAST_BYTES", 0)
-    monkeypatch.setattr(part, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(part, "_spare", [])
+    monkeypatch.setattr(readahead, "is_cached", lambda *_: False)
+    monkeypatch.setattr(readahead, "MIN_BYTES", 0)
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(readahead, "_spare", [])
 
 
 def _read(path: Path, offset: int, length: int, step: int) -> bytes:
     found = bytearray()
     into = memoryview(bytearray(step))
-    with closing(open_part(path, offset, length)) as opened:
+    with closing(open_range(path, offset, length)) as opened:
         while got := opened.readinto(into):
             found += into[:got]
     return bytes(found)
@@ -75,12 +75,12 @@ def test_any_part_around_the_cache_is_the_files_bytes(
 @pytest.mark.parametrize("offset", [0, 12_345])
 def test_the_disk_takes_every_read(big: tuple[Path, bytes], direct: None, offset: int) -> None:
     """None is refused and done over through the cache: not where the part begins, nor where the file ends."""
-    with closing(open_part(big[0], offset, SIZE - offset)) as opened:
-        assert isinstance(opened, part._Direct)
+    with closing(open_range(big[0], offset, SIZE - offset)) as opened:
+        assert isinstance(opened, readahead._DirectReader)
         into = memoryview(bytearray(SIZE))
         while opened.readinto(into):
             pass
-        assert not go_direct(opened._file.fileno(), True), "the flag was taken off"
+        assert not set_direct(opened._file.fileno(), True), "the flag was taken off"
 
 
 @pytest.mark.parametrize("offset", [0, 12_345])
@@ -99,12 +99,12 @@ def test_a_file_that_ends_too_soon_gives_what_it_has(big: tuple[Path, bytes], di
 def stored(tmp_path: Path) -> tuple[Path, int]:
     """A file of four blocks on a disk, of which pages can be dropped from the cache."""
     path = tmp_path / "file"
-    path.write_bytes(bytes(4 * part.BLOCK_BYTES))
+    path.write_bytes(bytes(4 * readahead.BLOCK_BYTES))
     _drop(path)
     with path.open("rb") as file:
-        if is_cached(file.fileno(), 0, 4 * part.BLOCK_BYTES) or not go_direct(file.fileno(), True):
+        if is_cached(file.fileno(), 0, 4 * readahead.BLOCK_BYTES) or not set_direct(file.fileno(), True):
             pytest.skip("this file system keeps everything in memory, or does not say")
-    return path, 4 * part.BLOCK_BYTES
+    return path, 4 * readahead.BLOCK_BYTES
 
 
 def _drop(path: Path) -> None:
@@ -114,11 +114,11 @@ def _drop(path: Path) -> None:
 
 
 def _is_direct(path: Path, length: int) -> bool:
-    with closing(open_part(path, 0, length)) as opened:
+    with closing(open_range(path, 0, length)) as opened:
         into = memoryview(bytearray(length))
         while opened.readinto(into):
             pass
-        return isinstance(opened, part._Direct)
+        return isinstance(opened, readahead._DirectReader)
 
 
 def test_what_lies_in_the_cache_is_read_from_there(stored: tuple[Path, int]) -> None:
@@ -136,8 +136,8 @@ def test_looking_does_not_fill_the_cache(stored: tuple[Path, int]) -> None:
 
 
 def test_what_fits_in_a_block_is_read_plainly(stored: tuple[Path, int]) -> None:
-    assert not _is_direct(stored[0], part.LEAST_BYTES)
-    assert part.buffered_bytes(part.LEAST_BYTES) == 0
+    assert not _is_direct(stored[0], readahead.MIN_BYTES)
+    assert readahead.buffered_bytes(readahead.MIN_BYTES) == 0
 
 
 def test_a_file_system_that_does_not_say_is_read_plainly(
@@ -156,7 +156,7 @@ def _refusing(error: int, times: int) -> Callable[..., int]:
     real, left = os.preadv, [times]
 
     def preadv(fd: int, buffers: list[Any], offset: int, *flags: int) -> int:
-        if left[0] and go_direct(fd, True) is False:
+        if left[0] and set_direct(fd, True) is False:
             left[0] -= 1
             raise OSError(error, os.strerror(error))
         return real(fd, buffers, offset, *flags)
@@ -216,19 +216,19 @@ def test_where_no_thread_can_be_had_reads_are_plain(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with closing(open_part(big[0], 0, SIZE)) as opened:
-        assert not isinstance(opened, part._Direct)
+    with closing(open_range(big[0], 0, SIZE)) as opened:
+        assert not isinstance(opened, readahead._DirectReader)
     assert _read(big[0], 1, SIZE - 1, SIZE) == big[1][1:]
 
 
 def test_a_part_that_is_not_read_to_its_end_leaves_its_buffers(big: tuple[Path, bytes], direct: None) -> None:
     for _ in range(5):
-        with closing(open_part(big[0], 0, SIZE)) as opened:
+        with closing(open_range(big[0], 0, SIZE)) as opened:
             assert opened.readinto(memoryview(bytearray(10))) == 10
-    before = len(part._spare)
-    assert len({id(buffer) for buffer in part._spare}) == before
+    before = len(readahead._spare)
+    assert len({id(buffer) for buffer in readahead._spare}) == before
     assert _read(big[0], 0, SIZE, SIZE) == big[1]
-    assert len(part._spare) == before
+    assert len(readahead._spare) == before
 
 
 def test_nothing_is_read_into_a_buffer_that_was_given_back(
@@ -242,7 +242,7 @@ def test_nothing_is_read_into_a_buffer_that_was_given_back(
         assert stopping.wait(60)
         time.sleep(0.05)  # for who does not wait
         got = real(fd, buffers, offset, *flags)
-        spare_at_the_end.append(len(part._spare))
+        spare_at_the_end.append(len(readahead._spare))
         return got
 
     def stop(pool: ThreadPoolExecutor, *arguments: Any, **keywords: Any) -> None:
@@ -251,10 +251,10 @@ def test_nothing_is_read_into_a_buffer_that_was_given_back(
 
     monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stop)
-    with closing(open_part(big[0], 0, SIZE)):
+    with closing(open_range(big[0], 0, SIZE)):
         pass
     assert spare_at_the_end == [0]
-    assert len(part._spare) == 2
+    assert len(readahead._spare) == 2
 
 
 def test_where_no_memory_can_be_had_reads_are_plain(
@@ -263,15 +263,15 @@ def test_where_no_memory_can_be_had_reads_are_plain(
     def refuse() -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(part, "_buffer", refuse)
+    monkeypatch.setattr(readahead, "_buffer", refuse)
     assert _read(big[0], 1, SIZE - 1, SIZE) == big[1][1:]
 
 
 def test_few_buffers_are_kept(big: tuple[Path, bytes], direct: None) -> None:
-    opened = [open_part(big[0], 0, SIZE) for _ in range(part.SPARE)]
+    opened = [open_range(big[0], 0, SIZE) for _ in range(readahead.MAX_SPARE)]
     for one in opened:
         one.close()
-    assert len(part._spare) == part.SPARE
+    assert len(readahead._spare) == readahead.MAX_SPARE
 
 
 def test_conversion_and_proof_read_the_same_around_the_cache(
@@ -282,19 +282,19 @@ def test_conversion_and_proof_read_the_same_around_the_cache(
         bridge.convert(golden.checkpoint, tmp_path / "through" / to, to=to, **golden.options)
     bridge.convert(tmp_path / "through" / "torch-merged", tmp_path / "through" / "orbax", to="orbax")
     request.getfixturevalue("direct")
-    opened: list[part.Part] = []
+    opened: list[readahead.RangeReader] = []
 
-    def noted(*arguments: Any) -> part.Part:
-        opened.append(open_part(*arguments))
+    def noted(*arguments: Any) -> readahead.RangeReader:
+        opened.append(open_range(*arguments))
         return opened[-1]
 
-    monkeypatch.setattr("bridge.formats.safetensors.torch.open_part", noted)
-    monkeypatch.setattr("bridge.formats.orbax.stream.open_part", noted)
+    monkeypatch.setattr("bridge.formats.safetensors.torch.open_range", noted)
+    monkeypatch.setattr("bridge.formats.orbax.stream.open_range", noted)
     for to in ("torch-merged", "peft-adapter"):
         bridge.convert(golden.checkpoint, tmp_path / "around" / to, to=to, **golden.options)
     bridge.convert(tmp_path / "around" / "torch-merged", tmp_path / "around" / "orbax", to="orbax")
     assert opened
-    assert all(isinstance(one, part._Direct) for one in opened)
+    assert all(isinstance(one, readahead._DirectReader) for one in opened)
     for form in ("torch-merged", "peft-adapter", "orbax"):
         assert digest(tmp_path / "around" / form) == digest(tmp_path / "through" / form)
     assert verify(golden.checkpoint, tmp_path / "around" / "torch-merged").holds

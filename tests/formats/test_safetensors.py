@@ -23,9 +23,10 @@ from bridge.formats.disk import syscalls
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors import torch as torch_format
 from bridge.formats.safetensors.header import compose, read_header
-from bridge.formats.safetensors.torch import FILE, INDEX, create, open_torch
+from bridge.formats.safetensors.torch import FILE, create, open_torch
 from tests.kit.headers import BAD, GOOD, packed
 
+INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 
 
@@ -338,15 +339,15 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "files", "cause"),
     [
-        ({"a": ONE, "b": TWO}, {ONE: ["a"]}, f"names {TWO}, which is missing"),
-        ({"a": ONE, "b": "../x.safetensors"}, {ONE: ["a"]}, "outside its directory"),
-        ({"a": ONE, "b": "/etc/passwd"}, {ONE: ["a"]}, "outside its directory"),
-        ({"a": ONE, "b": ".."}, {ONE: ["a"]}, "outside its directory"),
-        ({"a": ONE, "b": ""}, {ONE: ["a"]}, "outside its directory"),
-        ({"a": ONE, "b": "sub/x.safetensors"}, {ONE: ["a"]}, "outside its directory"),
-        ({"a": ONE, "b": TWO}, {ONE: ["a", "b"], TWO: ["b"]}, "b, which the index puts elsewhere"),
-        ({"a": ONE}, {ONE: ["a", "b"]}, "b, which the index puts elsewhere"),
-        ({"a": ONE, "b": ONE}, {ONE: ["a"]}, "lacks b, which the index says it holds"),
+        ({"a": ONE, "b": TWO}, {ONE: ["a"]}, f"lists {TWO}, which is missing"),
+        ({"a": ONE, "b": "../x.safetensors"}, {ONE: ["a"]}, "unsafe file name"),
+        ({"a": ONE, "b": "/etc/passwd"}, {ONE: ["a"]}, "unsafe file name"),
+        ({"a": ONE, "b": ".."}, {ONE: ["a"]}, "unsafe file name"),
+        ({"a": ONE, "b": ""}, {ONE: ["a"]}, "unsafe file name"),
+        ({"a": ONE, "b": "sub/x.safetensors"}, {ONE: ["a"]}, "unsafe file name"),
+        ({"a": ONE, "b": TWO}, {ONE: ["a", "b"], TWO: ["b"]}, "b, which the index does not list there"),
+        ({"a": ONE}, {ONE: ["a", "b"]}, "b, which the index does not list there"),
+        ({"a": ONE, "b": ONE}, {ONE: ["a"]}, "does not contain b, which the index lists there"),
         ({"a": ONE, "b": 3}, {ONE: ["a"]}, ""),
         ({"a": ONE, "b": None}, {ONE: ["a"]}, ""),
     ],
@@ -373,7 +374,7 @@ def test_bad_indexes(tmp_path: Path, text: str) -> None:
 def test_several_files_without_an_index(tmp_path: Path) -> None:
     shards(tmp_path, {}, {ONE: ["a"], TWO: ["b"]})
     (tmp_path / INDEX).unlink()
-    with pytest.raises(SourceRefused, match="holds 2 safetensors files and no index"):
+    with pytest.raises(SourceRefused, match="contains 2 safetensors files but no index"):
         open_torch(Location.parse(tmp_path))
 
 
@@ -382,9 +383,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     source = open_torch(Location.parse(tmp_path))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
-    with pytest.raises(SourceRefused, match="w ends 100 bytes too soon"):
+    with pytest.raises(SourceRefused, match="w is truncated by 100 bytes"):
         source.read("w")
-    with pytest.raises(SourceRefused, match="w ends 100 bytes too soon"):
+    with pytest.raises(SourceRefused, match="w is truncated by 100 bytes"):
         list(source.slabs("w"))
     path.unlink()
     with pytest.raises(SourceRefused):
@@ -395,5 +396,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 def test_a_config_that_is_not_json(tmp_path: Path, text: str) -> None:
     write(tmp_path, {"w": np.ones(3, np.float32)})
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(SourceRefused, match=r"config\.json is (not JSON|nested too deeply)"):
+    with pytest.raises(SourceRefused, match=r"config\.json is damaged: (not JSON|nested too deeply)"):
         open_torch(Location.parse(tmp_path))

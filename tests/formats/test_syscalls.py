@@ -14,7 +14,7 @@ from bridge.formats.disk import syscalls
 def test_what_is_written_behind_is_bounded_and_a_fault_of_the_disk_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(syscalls, "PART_BYTES", 50)
+    monkeypatch.setattr(syscalls, "MIN_RANGE_BYTES", 50)
     behind = syscalls.WriteBehind(limit=100)
     waited: list[int] = []
 
@@ -50,9 +50,9 @@ def test_write_behind_holds_few_descriptors(tmp_path: Path, monkeypatch: pytest.
         for start in range(0, 100_000, 100):
             behind.wrote(file.fileno(), start, 100)
         assert len(os.listdir("/proc/self/fd")) == before
-        monkeypatch.setattr(syscalls, "PART_BYTES", 100)
+        monkeypatch.setattr(syscalls, "MIN_RANGE_BYTES", 100)
         for start in range(0, 100_000, 100):
             behind.wrote(file.fileno(), start, 100)
-        assert len(os.listdir("/proc/self/fd")) <= before + syscalls.PARTS
+        assert len(os.listdir("/proc/self/fd")) <= before + syscalls.MAX_RANGES
         behind.finish()
         assert len(os.listdir("/proc/self/fd")) == before

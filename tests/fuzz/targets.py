@@ -22,14 +22,14 @@ import numpy as np
 
 from bridge.arrays import Spec, box, raw
 from bridge.errors import Refusal, refuse_if
-from bridge.formats.contract import Spent
+from bridge.formats.contract import Timings
 from bridge.formats.disk.location import Location
 from bridge.formats.orbax import chunks, stream
 from bridge.formats.orbax.ocdbt import Extent
 from bridge.formats.orbax.source import OrbaxSource, open_orbax
 from bridge.formats.orbax.zarr import ZarrArray, parse_v2, parse_v3
 from bridge.formats.safetensors.peft import CONFIG, open_peft
-from bridge.formats.safetensors.torch import FILE, INDEX, TorchSource, open_torch
+from bridge.formats.safetensors.torch import FILE, TorchSource, open_torch
 from bridge.peft.config import read_config
 from bridge.publish.record import RECORD, check_record, check_whole
 from tests.faults import ocdbt
@@ -110,7 +110,7 @@ def _index(data: bytes, scratch: Path) -> None:
     if not one.exists():
         save_file({"a": np.ones(3, np.float32)}, one)
         save_file({"b": np.ones(3, np.float32)}, scratch / "two.safetensors")
-    (scratch / INDEX).write_bytes(data)
+    (scratch / "model.safetensors.index.json").write_bytes(data)
     source = open_torch(Location.parse(scratch))
     assert all(path.parent == scratch for path, _ in source.files.values())
     _read_all(source)
@@ -347,11 +347,11 @@ def _chunk(data: bytes, scratch: Path) -> None:
         read = chunks.read(array, lambda number: (None, extent), range(array.spec.shape[0]), "w")
     except Refusal:
         with contextlib.suppress(Refusal):
-            list(stream.slabs(array, [(None, extent)], "w", Spent()))
+            list(stream.slabs(array, [(None, extent)], "w", Timings()))
             raise AssertionError("streamed, and not read whole") from None
         raise
     again = np.empty_like(read)
-    for at, values in stream.slabs(array, [(None, extent)], "w", Spent()):
+    for at, values in stream.slabs(array, [(None, extent)], "w", Timings()):
         again[box(at, values.shape)] = values
     assert bytes(raw(again)) == bytes(raw(read))
 
@@ -438,7 +438,7 @@ def _output() -> Path:
 def _record_seeds() -> list[bytes]:
     import xxhash
 
-    from bridge.publish.record import _self_sum
+    from bridge.publish.record import self_checksum
 
     ones = xxhash.xxh3_128(np.ones(3, np.float32).tobytes()).hexdigest()
     record: dict[str, Any] = {
@@ -449,7 +449,7 @@ def _record_seeds() -> list[bytes]:
         "sizes": {"paligemma.width": 3},
     }
     signed = [record, {**record, "files": {"../../x": "0"}}, {**record, "outputs": ["."]}]
-    return [json.dumps({**each, "record": _self_sum(each)}).encode() for each in signed]
+    return [json.dumps({**each, "record": self_checksum(each)}).encode() for each in signed]
 
 
 def _config(data: bytes, scratch: Path) -> None:

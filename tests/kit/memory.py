@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import Spec, box, cells, run_shape
-from bridge.formats.contract import Slab, Spent
+from bridge.formats.contract import Slab, Timings
 from bridge.formats.disk.location import Location
 
 #: a few elements: every array comes in several slabs
@@ -42,7 +42,7 @@ class Arrays:
         return self.arrays[name] if rows is None else self.arrays[name][rows]
 
     def slabs(
-        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:
         array = self.arrays[name]
         for at, part in cells(array.shape, run_shape(self.specs[name], SLAB_BYTES)):

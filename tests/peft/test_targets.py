@@ -135,7 +135,7 @@ def test_any_names_are_read_as_peft_does() -> None:
 #: What PEFT refuses to load.
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "layers beside a pattern": ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
-    "a list's name beside a pattern": ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "PEFT refuses"),
+    "a list's name beside a pattern": ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "PEFT rejects"),
     "a list's name without layers": ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "without layers"),
     "no targets": ({}, "target_modules is missing"),
     "targets that are null": ({"target_modules": None}, "target_modules is missing"),
@@ -157,19 +157,19 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "targets that are numbers": ({"target_modules": [1, 2]}, "target_modules is neither"),
     "targets that are an object": ({"target_modules": {"q_proj": 1}}, "target_modules is neither"),
     "targets that are true": ({"target_modules": True}, "target_modules is neither"),
-    "an invalid pattern": ({"target_modules": "(q_proj"}, "target_modules holds a pattern that is no regular"),
+    "an invalid pattern": ({"target_modules": "(q_proj"}, "target_modules has a pattern that is not a valid regular"),
     "a pattern too long": ({"target_modules": "q" * 20000}, "has 20000 characters"),
     "exclusions that are numbers": ({"target_modules": ["q_proj"], "exclude_modules": [1]}, "exclude_modules is"),
-    "an invalid exclusion": ({"target_modules": ["q_proj"], "exclude_modules": "["}, "exclude_modules holds"),
+    "an invalid exclusion": ({"target_modules": ["q_proj"], "exclude_modules": "["}, "exclude_modules has"),
     "layers that are words": ({"target_modules": ["q_proj"], "layers_to_transform": ["0"]}, "layers_to_transform is"),
     "a layer that is true": ({"target_modules": ["q_proj"], "layers_to_transform": True}, "layers_to_transform is"),
     "lists that are numbers": (
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": 3}, "layers_pattern is"
     ),
     "an invalid list": (
-        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(" }, "layers_pattern holds"
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(" }, "layers_pattern has"
     ),
-    "a pattern to save": ({"target_modules": ["q_proj"], "modules_to_save": ["(a|b)"]}, "modules_to_save names"),
+    "a pattern to save": ({"target_modules": ["q_proj"], "modules_to_save": ["(a|b)"]}, "modules_to_save lists"),
 }  # fmt: skip
 
 

@@ -358,7 +358,7 @@ def rejected(directory: Path, plan: bridge.Plan) -> ProofFailed:
     with pytest.raises(ProofFailed) as failed:
         prove_adapter(directory, plan)
     *named, last = failed.value.problems
-    for problem in named if "more faults" in last.cause else failed.value.problems:
+    for problem in named if "more problems" in last.cause else failed.value.problems:
         assert str(directory) in problem.cause and "\n" not in problem.cause and problem.fix
         assert len(problem.cause) < 700
     return failed.value

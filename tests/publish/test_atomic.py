@@ -16,8 +16,9 @@ from bridge.errors import OutputRefused
 from bridge.publish import atomic as publish
 from bridge.publish import lock
 from bridge.publish import rename as renaming
+from bridge.publish.atomic import _prefix, lock_file, publishing, sweep
 from bridge.publish.lock import check_lock, locked
-from bridge.publish.record import RECORD, _prefix, lock_file, publishing, sweep
+from bridge.publish.record import RECORD
 from tests.kit import checkpoints
 
 
@@ -94,7 +95,7 @@ def test_parents_are_removed_when_not_all_can_be_made(tmp_path: Path) -> None:
 def test_what_came_to_exist_meanwhile_stands(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputRefused, match="came to exist while bridge was running"),
+        pytest.raises(OutputRefused, match="was created while bridge was running"),
         publishing(out, overwrite=False) as directory,
     ):
         fill(directory, "new")
@@ -292,7 +293,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_said(tmp_path: Path) -> None:
         fill(directory, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(notes) == [
-        f"removed {path}, left over from a run that was killed (pid {pid})"
+        f"removed {path}, left over from a killed run (pid {pid})"
         for path, pid in sorted(zip(paths, (DEAD, os.getpid()), strict=True))
     ]
 
@@ -333,7 +334,7 @@ def test_a_live_run_is_not_swept(tmp_path: Path) -> None:
     notes: list[str] = []
     with publishing(out, overwrite=False, notes=notes) as directory:
         fill(directory, "new")
-    assert path.is_dir() and len(notes) == 1 and f"process {os.getppid()} is alive" in notes[0]
+    assert path.is_dir() and len(notes) == 1 and f"process {os.getppid()} is running here" in notes[0]
 
 
 def test_an_output_set_aside_comes_back(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_an_output_set_aside_comes_back(tmp_path: Path) -> None:
     old = leftover(out, DEAD, "-old")
     leftover(out, DEAD)
     with (
-        pytest.raises(OutputRefused, match="came to exist"),
+        pytest.raises(OutputRefused, match="was created"),
         publishing(out, overwrite=False),
     ):
         pass
@@ -393,7 +394,7 @@ def test_a_lock_that_its_holder_removed_is_not_held(tmp_path: Path, monkeypatch:
     with locked(path, tmp_path / "out") as held:
         assert held and path.is_file()
         with (
-            pytest.raises(OutputRefused, match=rf"another bridge \(pid {os.getpid()}\)"),
+            pytest.raises(OutputRefused, match=rf"another bridge process \(pid {os.getpid()}\)"),
             locked(path, tmp_path / "out"),
         ):
             pass
@@ -429,7 +430,7 @@ def test_looking_at_a_lock_does_not_take_it(tmp_path: Path, monkeypatch: pytest.
     assert check_lock(path, out) == []
     with locked(path, out):
         (problem,) = check_lock(path, out)
-        assert problem.cause == f"another bridge (pid {os.getpid()}) is writing {out}"
+        assert problem.cause == f"another bridge process (pid {os.getpid()}) is writing {out}"
     # one who takes it in the instant in which another looks
     path.touch()
     looking = os.open(path, os.O_RDONLY)
@@ -461,7 +462,7 @@ def test_an_old_output_that_cannot_be_removed_is_said(
         fill(directory, "new")
     monkeypatch.undo()
     assert (out / RECORD).read_text() == "new"
-    assert len(notes) == 1 and "could not be removed" in notes[0]
+    assert len(notes) == 1 and "could not remove" in notes[0]
     assert len(sweep(out)) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -516,7 +517,7 @@ def test_an_interrupt_after_the_rename_says_that_it_is_written(
     monkeypatch.setattr(renaming, "_renameat2", rename)
     with pytest.raises(KeyboardInterrupt) as interrupted, publishing(out, overwrite=True) as directory:
         fill(directory, "new")
-    assert interrupted.value.__notes__ == [f"{out} is written, and whole"]
+    assert interrupted.value.__notes__ == [f"{out} was written completely"]
     assert (out / RECORD).read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -531,6 +532,6 @@ def test_what_cannot_be_read_back_is_not_published(tmp_path: Path, monkeypatch: 
         return real(plan, output, place, *rest)
 
     monkeypatch.setattr(runner, "record_text", cut)
-    with pytest.raises(OutputRefused, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(OutputRefused, match=r"model\.safetensors is not a valid safetensors file"):
         plan.run()
     assert [path.name for path in tmp_path.iterdir()] == ["7"]

@@ -26,7 +26,7 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\0b", "..", "x/.."])
 def test_what_names_nothing_to_make(tmp_path: Path, name: str) -> None:
     (problem,) = check_destination(tmp_path / name, None, overwrite=True)
-    assert "does not name a directory to make" in problem.cause
+    assert "is not a valid path for a directory" in problem.cause
 
 
 def test_space(tmp_path: Path) -> None:
@@ -41,15 +41,17 @@ def test_the_file_system_says_how_long_a_name_may_be(tmp_path: Path, monkeypatch
     assert check_destination(tmp_path / name, None, overwrite=False) == []
     monkeypatch.setattr(os, "pathconf", lambda path, what: 143)
     (problem,) = check_destination(tmp_path / name, None, overwrite=False)
-    assert "has 144 bytes, and the file system allows 143" in problem.cause
+    assert "a name of 144 bytes exceeds the 143 that the file system allows" in problem.cause
 
 
 def test_files_that_would_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["assets/Robot/a.json", "assets/robot/a.json", "assets/caf\u00e9", "assets/cafe\u0301", "other"]
     assert check_twins(tmp_path / "out", names) == []
-    monkeypatch.setattr(destination, "_folds", lambda path: True)
+    monkeypatch.setattr(destination, "_is_case_insensitive", lambda path: True)
     causes = [problem.cause for problem in check_twins(tmp_path / "out", names)]
-    assert len(causes) == 2 and "assets/Robot/a.json and assets/robot/a.json would be one" in causes[0]
+    assert (
+        len(causes) == 2 and "assets/Robot/a.json and assets/robot/a.json would be the same file" in causes[0]
+    )
 
 
 def test_a_plan_for_a_file_system_without_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +61,10 @@ def test_a_plan_for_a_file_system_without_case(tmp_path: Path, monkeypatch: pyte
     other.parent.mkdir()
     other.write_bytes(stats.read_bytes())
     assert len([f for f in bridge.plan(step, tmp_path / "out", to="orbax").output.files if "obot" in f]) == 2
-    monkeypatch.setattr(destination, "_folds", lambda path: True)
-    with pytest.raises(OutputRefused, match=r"My_Robot/norm_stats\.json and .*my_robot.* would be one file"):
+    monkeypatch.setattr(destination, "_is_case_insensitive", lambda path: True)
+    with pytest.raises(
+        OutputRefused, match=r"My_Robot/norm_stats\.json and .*my_robot.* would be the same file"
+    ):
         bridge.plan(step, tmp_path / "out", to="orbax")
 
 
@@ -75,4 +79,4 @@ def test_case_is_found_out_by_looking(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(found, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(destination, "os", SimpleNamespace(stat=stat, path=os.path))
-    assert destination._folds(where / "out") is folds
+    assert destination._is_case_insensitive(where / "out") is folds

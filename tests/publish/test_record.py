@@ -59,19 +59,19 @@ def test_as_written(out: Path) -> None:
 @pytest.mark.parametrize("out", OPTIONS, indirect=True)
 def test_a_file_more(out: Path) -> None:
     (out / "assets" / "extra").write_text("x")
-    fails(out, f"{out}/assets/extra is not of the output")
+    fails(out, f"{out}/assets/extra is not listed in bridge.json")
 
 
 @pytest.mark.parametrize("out", OPTIONS, indirect=True)
 def test_a_link_more(out: Path) -> None:
     (out / "link").symlink_to(out.parent)
-    fails(out, f"{out}/link is not of the output")
+    fails(out, f"{out}/link is not listed in bridge.json")
 
 
 @pytest.mark.parametrize("out", ["orbax"], indirect=True)
 def test_a_file_more_within_the_container(out: Path) -> None:
     (out / "params" / "params.action_in_proj.bias" / "1").write_text("x")
-    fails(out, "params.action_in_proj.bias/1 is not of the output")
+    fails(out, "params.action_in_proj.bias/1 is not listed in bridge.json")
 
 
 @pytest.mark.parametrize("out", OPTIONS, indirect=True)
@@ -92,7 +92,7 @@ def test_a_file_cut_short(out: Path) -> None:
 def test_norm_stats_changed(out: Path) -> None:
     path = out / "assets" / "my_robot" / "norm_stats.json"
     path.write_text(path.read_text().replace("1.5", "1.6"))
-    fails(out, "norm_stats.json is not what was written: its checksum differs")
+    fails(out, "norm_stats.json: checksum mismatch")
 
 
 @pytest.mark.parametrize("out", ["torch", "peft"], indirect=True)
@@ -102,7 +102,7 @@ def test_a_weight_changed(out: Path) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    fails(out, "is not what was written: its checksum differs")
+    fails(out, "checksum mismatch: changed since bridge wrote it")
 
 
 def edit(**changes: object) -> Callable[[dict[str, object]], None]:
@@ -127,14 +127,14 @@ def test_a_record_changed(out: Path, change: Callable[[dict[str, object]], None]
     if record == json.loads((out / RECORD).read_text()):
         pytest.fail("nothing changed")
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    fails(out, f"{out / RECORD} is not what was written")
+    fails(out, f"{out / RECORD}: checksum mismatch")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"record": 1}'])
 @pytest.mark.parametrize("out", ["torch"], indirect=True)
 def test_a_record_damaged(out: Path, text: str) -> None:
     (out / RECORD).write_text(text)
-    fails(out, f"{out / RECORD} is not what was written")
+    fails(out, f"{out / RECORD}: checksum mismatch")
 
 
 @pytest.mark.parametrize("out", ["torch"], indirect=True)
@@ -147,7 +147,7 @@ def test_no_record(out: Path) -> None:
 def test_the_base_of_an_adapter(out: Path) -> None:
     stats = out / "base" / "assets" / "my_robot" / "norm_stats.json"
     stats.write_text(stats.read_text() + " ")
-    fails(out, "base/assets/my_robot/norm_stats.json is not what was written")
+    fails(out, "base/assets/my_robot/norm_stats.json: checksum mismatch")
     (out / "base" / RECORD).unlink()
     fails(out, f"base/{RECORD} is missing")
 

@@ -1,1 +1,1 @@
-"""Files and directories: where they lie, how they are read, whether they changed."""
+"""Local files and buckets: locations, readahead, write-behind, detection of changes."""

@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a local path, or a bucket (``gs://``, ``s3://``), by one interface.
+"""The location of a checkpoint: a local path or a bucket (``gs://``, ``s3://``), with one interface.
 
-Local directories are read with the system's calls; everything else goes through TensorStore's
-key-value stores, which list and read a bucket without further packages.
+Local directories are read with system calls; everything else goes through TensorStore's key-value
+stores, which list and read buckets without further packages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from bridge.errors import Problem, SourceRefused
 
-#: files below one directory: chunks of a large run, with room
+#: files in one tree; ample for the chunks of a large run
 MAX_FILES = 4_000_000
 
 _PATH = "check the path and its permissions"
@@ -26,7 +26,7 @@ _BUCKETS = {"gs": "gcs", "s3": "s3"}
 
 @cache
 def tensorstore_context() -> Any:
-    """One context for all reads: no cache (each byte is used once), concurrency for few cores."""
+    """The context of all reads: no cache (each byte is read once), concurrency for few cores."""
     import tensorstore as ts
 
     return ts.Context(
@@ -46,7 +46,7 @@ class Location:
 
     @classmethod
     def parse(cls, path: str | Path | Location) -> Location:
-        """From what a user typed. ``~`` is expanded, relative paths are made absolute."""
+        """From a user's path or URL: ``~`` is expanded, relative paths are made absolute."""
         if isinstance(path, Location):
             return path
         text = str(path)
@@ -60,12 +60,12 @@ class Location:
                     Problem(f"{text}: {scheme}:// cannot be read", f"use a local path or one of {known}")
                 )
             return cls(text.rstrip("/"))
-        # absolute, not resolved: a symlinked step is named as the user named it
+        # absolute, not resolved: messages name a symlinked step as the user did
         return cls(str(Path(text).expanduser().absolute()))
 
     @property
     def local(self) -> Path | None:
-        """The path, where the system's own calls can read it."""
+        """The path on a local file system; None for a bucket."""
         return None if "://" in self.url else Path(self.url)
 
     @property
@@ -86,7 +86,7 @@ class Location:
         """Names of the files and directories directly inside, sorted; empty for a file.
 
         Raises:
-            SourceRefused: they cannot be listed.
+            SourceRefused: the directory cannot be listed.
         """
         if self.local is None:
             return sorted({key.split("/", 1)[0] for key in self.files()})
@@ -96,17 +96,17 @@ class Location:
             raise self._refused(error) from error
 
     def files(self) -> list[str]:
-        """Paths of all files inside, at any depth, relative and sorted.
+        """Relative paths of all files inside, at any depth, sorted.
 
-        A link to a file counts as the file (caches are made of these).
+        A symlink to a file counts as a file: caches consist of these.
 
         Raises:
-            SourceRefused: they cannot be listed, or something inside is neither a file nor a
-                directory: a pipe, a device, a link to a directory or to nowhere.
+            SourceRefused: a directory cannot be listed, or contains something that is neither a
+                file nor a directory: a pipe, a device, a symlink to a directory, a broken one.
         """
         if self.local is None:
             return sorted(key.decode() for key in self.keys() if key)
-        found: list[str] = []
+        paths: list[str] = []
         pending = [""] if self.local.is_dir() else []
         while pending:
             inside = pending.pop()
@@ -118,13 +118,17 @@ class Location:
                 path = f"{inside}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(f"{path}/")
-                elif _leads_to_file(entry):
-                    found.append(path)
+                elif _is_file(entry):
+                    paths.append(path)
                 else:
-                    raise SourceRefused(_no_file(self / path))
-            if len(found) + len(pending) > MAX_FILES:
-                raise SourceRefused(Problem(f"{self} holds more than {MAX_FILES} files", _PATH))
-        return sorted(found)
+                    raise SourceRefused(_not_a_file(self / path))
+            if len(paths) + len(pending) > MAX_FILES:
+                raise SourceRefused(
+                    Problem(
+                        f"{self} contains more than {MAX_FILES} files", "give the checkpoint's own directory"
+                    )
+                )
+        return sorted(paths)
 
     def is_file(self) -> bool:
         if self.local is not None:
@@ -146,17 +150,17 @@ class Location:
             raise self._refused(error) from error
 
     def read_bytes(self, at_most: int) -> bytes | None:
-        """The file's contents, or None when there is no such file.
+        """The file's content, or None if there is no such file.
 
         Raises:
-            SourceRefused: it is there and cannot be read, is no regular file, or is larger than
-                ``at_most`` bytes.
+            SourceRefused: it cannot be read, is not a regular file, or is larger than ``at_most``
+                bytes.
         """
         try:
             if self.local is not None:
                 with open_regular(self.local) as file:
                     read = bytearray()
-                    # piece by piece: asking for `at_most` at once would allocate it
+                    # in pieces: a read of `at_most` bytes would allocate them all
                     while len(read) <= at_most and (piece := file.read(1 << 20)):
                         read += piece
                 data = bytes(read)
@@ -176,14 +180,14 @@ class Location:
         if len(data) > at_most:
             raise SourceRefused(
                 Problem(
-                    f"{self} is larger than {at_most >> 20} MB, which no such file is",
-                    "take the checkpoint from its source again",
+                    f"{self} exceeds the {at_most >> 20} MB limit for this file",
+                    "copy the checkpoint again",
                 )
             )
         return data
 
     def keys(self) -> list[bytes]:
-        """All keys below, as TensorStore lists them."""
+        """All keys inside, as TensorStore lists them."""
         try:
             return list(_store(self.kvstore()).list().result())
         except (OSError, ValueError) as error:
@@ -191,8 +195,8 @@ class Location:
 
     def _refused(self, error: Exception) -> SourceRefused:
         where = error.filename if isinstance(error, OSError) and error.filename else self
-        said = error.strerror if isinstance(error, OSError) and error.strerror else error
-        return SourceRefused(Problem(f"{where}: {said}", _PATH))
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return SourceRefused(Problem(f"{where}: {cause}", _PATH))
 
     def kvstore(self) -> dict[str, Any]:
         """TensorStore's specification of this directory."""
@@ -205,6 +209,11 @@ class Location:
         return {"driver": _BUCKETS[scheme], "bucket": bucket, "path": f"{path}/" if path else ""}
 
 
+def is_safe_path(path: str) -> bool:
+    """Whether a foreign path is relative and stays below the directory it starts from."""
+    return not {"", ".", ".."} & set(path.split("/")) and "\0" not in path
+
+
 def _store(spec: dict[str, Any]) -> Any:
     import tensorstore as ts
 
@@ -212,43 +221,49 @@ def _store(spec: dict[str, Any]) -> Any:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a regular file, or a link to one, for reading; unbuffered.
+    """Open a regular file, or a symlink to one, for unbuffered reading.
 
-    A pipe would be waited for and a device may never end: opening one raises OSError.
+    Raises OSError for anything else: a pipe would block, and a device may never end.
     """
     if stat.S_ISDIR(os.stat(path).st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    # it may have been exchanged since
+    # it may have been replaced since
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return io.FileIO(fd)
 
 
-def _leads_to_file(entry: os.DirEntry[str]) -> bool:
+def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
     except OSError:
-        # links in a circle
+        # a loop of symlinks
         return False
 
 
-def _no_file(location: Location) -> Problem:
+def _not_a_file(location: Location) -> Problem:
     path = str(location)
     if not os.path.islink(path):
-        return Problem(f"{path} is not a regular file", "take the checkpoint from its source again")
+        return Problem(f"{path} is not a regular file", "copy the checkpoint again")
     if os.path.isdir(path):
-        return Problem(f"{path} is a link to a directory", "put the directory itself in its place")
+        return Problem(
+            f"{path} is a symlink to a directory", "copy the checkpoint with symlinks resolved (cp -rL)"
+        )
     if os.path.lexists(os.path.realpath(path)) and not os.path.islink(os.path.realpath(path)):
-        return Problem(f"{path} is a link to what is not a regular file", "do not trust this checkpoint")
-    return Problem(f"{path} is a link that leads nowhere", "copy the checkpoint again, links resolved")
+        return Problem(
+            f"{path} is a symlink to something other than a regular file", "do not trust this checkpoint"
+        )
+    return Problem(
+        f"{path} is a broken symlink", "copy the checkpoint again, with symlinks resolved (cp -rL)"
+    )
 
 
 def _reaches(store: Any, key: str, offset: int) -> bool:
-    """Whether a value has a byte at ``offset``: the way to ask for a size, stores tell none."""
+    """Whether a value has a byte at ``offset``; stores have no other way to ask for a size."""
     try:
         return bool(store.read(key, byte_range=slice(offset, offset + 1)).result().state == "value")
     except (OSError, ValueError):

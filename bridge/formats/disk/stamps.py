@@ -1,4 +1,4 @@
-"""Noticing that a source changed while it was read: training prunes and overwrites steps."""
+"""Detection of a source that changes while it is read: training prunes and overwrites steps."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from pathlib import Path
 from bridge.errors import Problem
 
 Stamp = tuple[int, int, int, int]
-"""Device, inode, bytes, and time of the last change in ns."""
+"""Device, inode, size in bytes, and modification time in ns."""
 
 
-def take(files: Iterable[Path]) -> dict[str, Stamp]:
-    """The stamp of each file that is there, through links."""
-    found = {}
+def take_stamps(files: Iterable[Path]) -> dict[str, Stamp]:
+    """The stamps of the files that exist, symlinks followed."""
+    stamps = {}
     for file in files:
         if (now := _stamp(file)) is not None:
-            found[str(file)] = now
-    return found
+            stamps[str(file)] = now
+    return stamps
 
 
-def changed(stamps: Mapping[str, Stamp]) -> list[Problem]:
-    """The files that are no longer what they were."""
+def changed_files(stamps: Mapping[str, Stamp]) -> list[Problem]:
+    """A problem for each file that has changed since its stamp was taken."""
     problems = []
     for file, then in stamps.items():
         now = _stamp(file)
         if now != then:
-            what = "was removed" if now is None else "changed"
+            change = "was removed" if now is None else "changed"
             problems.append(
-                Problem(f"{file} {what} while it was read", "wait until nothing writes there, and run again")
+                Problem(
+                    f"{file} {change} while it was read", "wait until nothing writes there, and run again"
+                )
             )
     return problems
 

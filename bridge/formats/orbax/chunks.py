@@ -1,7 +1,6 @@
-"""Arrays in any chunk grid, read a chunk at a time: what :mod:`bridge.formats.orbax.stream` cannot stream.
+"""Arrays in any chunk grid, read chunk by chunk where :mod:`bridge.formats.orbax.stream` cannot stream.
 
-Each chunk is decoded into a buffer of its declared size and must fill it exactly, whatever its
-bytes claim.
+Each chunk is decoded into a buffer of its declared size, which it must fill exactly.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from bridge.formats.orbax.ocdbt import Extent
 from bridge.formats.orbax.stream import read_chunk
 from bridge.formats.orbax.zarr import ZarrArray
 
-Find = Callable[[int], tuple[Path | None, Extent] | None]
-"""Where the chunk of a number (in C order of the grid) lies; None for one that holds only zeros."""
+FindChunk = Callable[[int], tuple[Path | None, Extent] | None]
+"""The file and extent of a chunk, by its number in C order of the grid; None for an absent chunk of zeros."""
 
 
-def read(array: ZarrArray, find: Find, rows: range, label: str) -> np.ndarray:
-    """Rows of an array along its first axis (of a scalar, the one there is).
+def read(array: ZarrArray, find: FindChunk, rows: range, label: str) -> np.ndarray:
+    """Rows of an array along its first axis; a scalar has one.
 
     Raises:
-        SourceRefused: a chunk cannot be read, or is not of its declared size.
+        SourceRefused: a chunk cannot be read, or does not have its declared size.
     """
     shape, grid = array.spec.shape or (1,), array.grid or (1,)
     chunk_shape = array.chunks or (1,)
@@ -35,12 +34,12 @@ def read(array: ZarrArray, find: Find, rows: range, label: str) -> np.ndarray:
     for number, position in enumerate(itertools.product(*map(range, grid))):
         first = position[0] * chunk_shape[0]
         low, high = max(first, rows.start), min(first + chunk_shape[0], rows.stop)
-        if low >= high or (found := find(number)) is None:
+        if low >= high or (chunk := find(number)) is None:
             continue
-        read_chunk(array, *found, label, buffer)
+        read_chunk(array, *chunk, label, buffer)
         starts = [p * c for p, c in zip(position[1:], chunk_shape[1:], strict=True)]
         rest = [slice(at, at + c) for at, c in zip(starts, chunk_shape[1:], strict=True)]
-        # what lies beyond the array's end is padding
+        # chunks at the edges are padded
         kept = [slice(0, n - at) for at, n in zip(starts, shape[1:], strict=True)]
         result[(slice(low - rows.start, high - rows.start), *rest)] = buffer[
             (slice(low - first, high - first), *kept)

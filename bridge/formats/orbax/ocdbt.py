@@ -1,9 +1,9 @@
-"""The index of an OCDBT store: which bytes of which file hold each value.
+"""The index of an OCDBT store: where in which file each value is stored.
 
-TensorStore decodes the index (``ts.ocdbt.dump``); walking it here tells, before any data is
-read, how many bytes each array takes and whether every file is there in full, and lets a reader
-stream a chunk that TensorStore could only decode whole. TensorStore believes what it decodes, so
-what it is given is measured first: where it lies, and how large it becomes.
+TensorStore decodes the index (``ts.ocdbt.dump``). Walking it here gives, before any data is read,
+the stored size of every array and whether every file is complete, and lets a reader stream a chunk
+that TensorStore could only decode whole. TensorStore trusts what it decodes, so the path and the
+decoded size of every node are checked first.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.errors import Problem, SourceRefused, refuse_if
-from bridge.formats.disk.location import Location, open_regular, tensorstore_context
+from bridge.formats.disk.location import Location, is_safe_path, open_regular, tensorstore_context
 from bridge.formats.orbax import zstd
 
-RECOPY = "the copy is incomplete or damaged: copy the checkpoint again"
+RECOPY = "copy the checkpoint again: this copy is incomplete or damaged"
 MANIFEST = "manifest.ocdbt"
 
 MAX_NODES = 1 << 16
@@ -28,7 +28,7 @@ MAX_INDEX = 256 << 20
 
 @dataclass(frozen=True)
 class Extent:
-    """Where one value lies: in the index itself (``inline``), or a range of a file."""
+    """The bytes of one value: in the index itself (``inline``), or a range of a file."""
 
     length: int
     inline: bytes | None = None
@@ -43,11 +43,11 @@ class _Node(NamedTuple):
 
 
 def index(location: Location) -> dict[str, Extent]:
-    """Every key of the store at ``location`` and where its value lies.
+    """Every key of the store at ``location``, and the extent of its value.
 
     Raises:
-        SourceRefused: the manifest or a node is missing or damaged or grows without measure, or
-            a path in the index leads out of the checkpoint.
+        SourceRefused: the manifest or a node is missing, damaged or too large, or a path in the
+            index leads out of the checkpoint.
     """
     import tensorstore as ts
 
@@ -58,9 +58,9 @@ def index(location: Location) -> dict[str, Extent]:
         manifest = ts.ocdbt.dump(store).result()
         versions = manifest.get("versions") or []
         if not versions:
-            # very long histories move the newest version out of the manifest; Orbax writes one
-            raise ValueError("the manifest names no version")
-        found: dict[str, Extent] = {}
+            # very long histories move the newest version out of the manifest; Orbax writes only one
+            raise ValueError("the manifest lists no version")
+        extents: dict[str, Extent] = {}
         walked: set[Extent] = set()
         root = versions[-1]["root"].get("location")
         # an empty store has no root
@@ -68,28 +68,30 @@ def index(location: Location) -> dict[str, Extent]:
         while pending:
             node = pending.pop()
             extent = _extent(node.reference, "btreenode")
-            if extent in walked or len(walked) == MAX_NODES:
-                raise ValueError(f"its node {node.reference} lies below itself or in two places")
+            if extent in walked:
+                raise ValueError(f"the B-tree is not a tree: node {node.reference} is reached twice")
+            if len(walked) == MAX_NODES:
+                raise ValueError(f"the B-tree has more than {MAX_NODES} nodes")
             walked.add(extent)
             left -= _decoded_size(_node_text(location, store, extent, left), extent.file, left)
-            pending += _read_node(ts.ocdbt.dump(store, node.reference).result(), node, found)
+            pending += _read_node(ts.ocdbt.dump(store, node.reference).result(), node, extents)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         raise SourceRefused(
             Problem(f"{location}/{MANIFEST}: the index cannot be read: {_short(error)}", RECOPY)
         ) from error
-    return found
+    return extents
 
 
-def _read_node(decoded: Any, node: _Node, found: dict[str, Extent]) -> list[_Node]:
-    """Add a leaf's values to ``found``, or give an inner node's children."""
+def _read_node(decoded: Any, node: _Node, extents: dict[str, Extent]) -> list[_Node]:
+    """Add the values of a leaf node to ``extents``, or return the children of an inner node."""
     if decoded["height"] != node.height:
-        raise ValueError(f"its node {node.reference} is at height {decoded['height']}, not {node.height}")
+        raise ValueError(f"node {node.reference} is at height {decoded['height']}; expected {node.height}")
     children = []
     last: bytes | None = None
     for entry in decoded["entries"]:
         own = _bytes(entry.get("key", b""))
         if last is not None and own <= last:
-            raise ValueError(f"the keys of its node {node.reference} are not in order")
+            raise ValueError(f"the keys of node {node.reference} are not in order")
         last = own
         key = node.prefix + own
         if "inline_value" in entry:
@@ -99,23 +101,23 @@ def _read_node(decoded: Any, node: _Node, found: dict[str, Extent]) -> list[_Nod
             extent = _extent(str(entry["indirect_value"]), "value")
         else:
             if node.height < 1:
-                raise ValueError(f"its node {node.reference} is a leaf and has children")
+                raise ValueError(f"node {node.reference} is a leaf but has children")
             stem = node.prefix + _bytes(entry.get("subtree_common_prefix", b""))
             children.append(_Node(str(entry["location"]), stem, node.height - 1))
             continue
-        if found.setdefault(key.decode(), extent) is not extent:
-            raise ValueError(f"the key {key.decode()} is in it twice")
+        if extents.setdefault(key.decode(), extent) is not extent:
+            raise ValueError(f"duplicate key {key.decode()}")
     return children
 
 
 def _decoded_size(text: bytes, file: str, at_most: int) -> int:
-    """Bytes that a manifest or a node decodes to, as far as it is one: TensorStore checks the rest.
+    """Decoded size of a manifest or a node. Its content is TensorStore's to check.
 
-    Layout: magic (4 bytes), length (8), version and compression (one byte each, as far as both
-    are known), the content, CRC-32C (4). See the OCDBT storage format in TensorStore's documents.
+    Layout: magic (4 bytes), length (8), version and compression (varints of one byte each so far),
+    content, CRC-32C (4). See "OCDBT storage format" in TensorStore's documentation.
 
     Raises:
-        ValueError: more than ``at_most``, or it cannot be decoded.
+        ValueError: it is more than ``at_most``, or it cannot be decoded.
     """
     size = len(text)
     if size > 18 and text[13] == 1:
@@ -134,7 +136,7 @@ def _decoded_size(text: bytes, file: str, at_most: int) -> int:
 
 
 def _node_text(location: Location, store: Any, extent: Extent, at_most: int) -> bytes:
-    """The bytes of a node, as stored."""
+    """The stored bytes of a node."""
     if extent.length > at_most:
         raise ValueError(f"{extent.file} has {extent.length} bytes")
     if location.local is None:
@@ -146,7 +148,7 @@ def _node_text(location: Location, store: Any, extent: Extent, at_most: int) -> 
 
 
 def check_files(location: Location, extents: Mapping[str, Extent]) -> None:
-    """Refuse when a file that the index points to is missing or shorter than the index says."""
+    """Refuse a store with a file that is missing or shorter than the index says."""
     root = location.local
     if root is None:
         return
@@ -158,33 +160,28 @@ def check_files(location: Location, extents: Mapping[str, Extent]) -> None:
     for file, end in sorted(ends.items()):
         path = contained(root, file)
         if not path.is_file():
-            problems.append(Problem(f"{path}: the file is missing, and the index points to it", RECOPY))
+            problems.append(Problem(f"{path} is missing, but the index points to it", RECOPY))
         elif (size := path.stat().st_size) < end:
-            problems.append(
-                Problem(f"{path}: the file has {size} bytes, and the index points to {end}", RECOPY)
-            )
+            problems.append(Problem(f"{path} has {size} bytes, but the index points to byte {end}", RECOPY))
     refuse_if(problems, SourceRefused)
 
 
 def whole_file(root: Path, file: str) -> Extent:
-    """A value that is a file of its own, as where a store is a plain directory."""
+    """The extent of a value that is a whole file, as in a store that is a plain directory."""
     return Extent((root / file).stat().st_size, file=file)
 
 
 def contained(root: Path, file: str) -> Path:
-    """``root / file``, refused when it is not below ``root``."""
-    if file.startswith("/") or "\0" in file or ".." in file.split("/"):
+    """``root / file``, refused if it is not below ``root``."""
+    if not is_safe_path(file):
         raise SourceRefused(
-            Problem(
-                f"{root}: the index points to {file!r}, outside the checkpoint",
-                "do not trust this checkpoint",
-            )
+            Problem(f"{root}: the index points to an unsafe path: {file!r}", "do not trust this checkpoint")
         )
     return root / file
 
 
 def _extent(text: str, expected: str) -> Extent:
-    """From ``kind:<base>:<file>:<offset>:<length>``; the base is a directory, percent-encoded."""
+    """Parse ``kind:<base>:<file>:<offset>:<length>``; base, a directory, and file are percent-encoded."""
     from urllib.parse import unquote
 
     kind, base, file, offset, length = text.split(":")

@@ -1,9 +1,9 @@
 """Writing Orbax checkpoints in bounded memory, without Orbax.
 
-One zarr directory an array and ``_METADATA``, which every Orbax restores (openpi's 0.11.13 and
-today's). Not OCDBT: it names its files at random, and a conversion must give the same bytes
-twice. Chunks are at most `RUN_BYTES`, cut along the leading axes, so that a reader can take a
-layer without the rest; each is a zstd frame in a file of its own, as TensorStore writes them.
+One zarr directory per array, and ``_METADATA``, which every Orbax restores (openpi's 0.11.13 and
+today's). Not OCDBT: its files have random names, and a conversion must be reproducible byte for
+byte. Chunks are at most `RUN_BYTES`, cut along the leading axes, so that a layer can be read alone;
+each is a zstd frame in its own file, as TensorStore writes them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from bridge.formats.contract import RUN_BYTES
 from bridge.formats.disk.syscalls import WriteBehind
 
 ITEM = "params"
-#: Orbax's own
+#: Orbax's default
 ZSTD_LEVEL = 1
-#: compressed at a time
+#: bytes compressed at a time
 PIECE = 1 << 20
 
 
 def chunk_shape(spec: Spec) -> tuple[int, ...]:
-    """Chunks of at most RUN_BYTES: whole where they fit, else cut along the leading axes."""
+    """The whole array if it fits into RUN_BYTES, else a chunk cut along the leading axes."""
     return run_shape(spec, RUN_BYTES)
 
 
 @dataclass(frozen=True)
 class OrbaxSink:
-    """A ``params`` directory whose arrays are described, and filled chunk by chunk."""
+    """A ``params`` directory with the metadata of its arrays, filled chunk by chunk."""
 
     params: Path
     specs: Mapping[str, Spec]
@@ -45,27 +45,27 @@ class OrbaxSink:
         chunk = tuple(max(size, 1) for size in chunk_shape(spec))
         at = at or (0,) * len(spec.shape)
         if array.dtype != spec.dtype or array.ndim != len(spec.shape):
-            raise ValueError(f"{name} is declared {spec}, and got {Spec(array.shape, array.dtype)}")
+            raise ValueError(f"{name} is declared {spec} but got {Spec(array.shape, array.dtype)}")
         ends = [a + n for a, n in zip(at, array.shape, strict=True)]
         if any(a % c for a, c in zip(at, chunk, strict=True)) or any(
             end > total or (end % c and end != total)
             for end, c, total in zip(ends, chunk, spec.shape, strict=True)
         ):
-            raise ValueError(f"{name} has chunks of {list(chunk)}, and got {list(array.shape)} at {list(at)}")
+            raise ValueError(f"{name} has chunks of {list(chunk)} but got {list(array.shape)} at {list(at)}")
         for start, part in cells(array.shape, chunk):
             number = [(a + s) // c for a, s, c in zip(at, start, chunk, strict=True)]
             self._write_chunk(name, number, array[box(start, part)], chunk)
 
     def _write_chunk(self, name: str, number: list[int], values: np.ndarray, chunk: tuple[int, ...]) -> None:
         if values.shape != chunk:
-            # a chunk is stored whole, what lies beyond the array's end being padding
+            # chunks are stored whole, padded beyond the end of the array
             padded = np.zeros(chunk, values.dtype)
             padded[box((0,) * len(chunk), values.shape)] = values
             values = padded
         data = raw(values)
         path = _directory(self.params, name) / (".".join(map(str, number)) or "0")
         with path.open("xb") as file:
-            # a piece at a time: memory for all of it at once would be new, and cost more than compressing
+            # in pieces: fresh memory for the whole chunk would cost more than compressing it
             compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
             with compressor.stream_writer(file, size=len(data), write_size=PIECE, closefd=False) as encoded:
                 for start in range(0, len(data), PIECE):
@@ -81,9 +81,9 @@ class OrbaxSink:
 def create(
     directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str]
 ) -> OrbaxSink:
-    """Make ``params/`` in a directory. Names are ``/``-joined paths; there is no header, and no zeros."""
+    """Create ``params/`` in a directory. Names are ``/``-joined paths; there is no header, and no zeros."""
     if zeros:
-        raise ValueError("Orbax takes an absent chunk for a fault: zeros must be written")
+        raise ValueError("Orbax rejects absent chunks: zeros must be written")
     params = directory / ITEM
     params.mkdir()
     for name, spec in specs.items():
@@ -97,7 +97,7 @@ def _directory(params: Path, name: str) -> Path:
 
 
 def _zarray(spec: Spec) -> str:
-    """The array's description in zarr version 2, byte for byte as TensorStore writes it."""
+    """The zarr 2 metadata of an array, byte for byte as TensorStore writes it."""
     described = {
         "chunks": [max(size, 1) for size in chunk_shape(spec)],
         "compressor": {"id": "zstd", "level": ZSTD_LEVEL},
@@ -113,14 +113,14 @@ def _zarray(spec: Spec) -> str:
 
 
 def _metadata(specs: Mapping[str, Spec]) -> str:
-    """Orbax's ``_METADATA``: the tree, whose leaves are arrays, and how they are stored."""
+    """Orbax's ``_METADATA``: the pytree, and how its arrays are stored."""
     tree = {}
     for name in sorted(specs):
         keys = tuple(name.split("/"))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {
-                # a jax.Array without its sharding is restored only by who names one; this, by everyone
+                # a jax.Array without a sharding is restored only by callers that pass one; this, by all
                 "value_type": "np.ndarray",
                 "skip_deserialize": False,
                 "write_shape": list(specs[name].shape),

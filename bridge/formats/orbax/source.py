@@ -1,8 +1,8 @@
-"""Orbax checkpoints: finding the ``params`` a user means, listing its arrays, reading them.
+"""Orbax checkpoints: resolving a path to its ``params``, listing the arrays, reading them.
 
-Read with TensorStore and our own walk of the OCDBT index; Orbax itself is not needed, nor jax.
-What the directory holds is described in Orbax's checkpoint format guide; the accepted forms are
-OCDBT or one zarr directory an array, zarr 2 or 3, any chunk grid, written by one process or many.
+Neither Orbax nor jax is needed: arrays are read with TensorStore and our own walk of the OCDBT
+index. Orbax's checkpoint format guide describes the files. Supported are OCDBT or one zarr
+directory per array, zarr 2 or 3, any chunk grid, written by one process or many.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import Spec, box
-from bridge.errors import Problem, SourceRefused, printable
-from bridge.formats.contract import Format, Slab, Spent
+from bridge.display import counted, printable
+from bridge.errors import Problem, SourceRefused
+from bridge.formats.contract import Format, Slab, Timings
+from bridge.formats.disk import lfs
 from bridge.formats.disk.location import Location, open_regular, tensorstore_context
 from bridge.formats.disk.readahead import buffered_bytes
-from bridge.formats.disk.stamps import Stamp, take
+from bridge.formats.disk.stamps import Stamp, take_stamps
 from bridge.formats.orbax import chunks, stream
 from bridge.formats.orbax.listing import (
-    Stored,
+    StoredArray,
     list_arrays,
-    longest,
+    max_chunk_bytes,
     open_store,
     read_tree_metadata,
     store_spec,
@@ -37,8 +39,7 @@ from bridge.graph import Form, State
 
 ITEM = "params"
 UNFINISHED = ".orbax-checkpoint-tmp"
-LFS = b"version https://git-lfs.github.com/spec/"
-#: what tools leave where a download was cut off
+#: suffixes of interrupted downloads
 PARTIAL = (".gstmp", ".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 
 _MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, "train_state"}
@@ -46,12 +47,12 @@ _MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, "train_st
 
 @dataclass(frozen=True)
 class OrbaxSource:
-    """An Orbax pytree checkpoint opened for reading. Names are ``/``-joined paths in the tree."""
+    """An Orbax pytree checkpoint open for reading. Names are ``/``-joined paths in the tree."""
 
     location: Location
     root: Location
     ocdbt: bool
-    arrays: Mapping[str, Stored]
+    arrays: Mapping[str, StoredArray]
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     format: str = "orbax"
@@ -76,13 +77,13 @@ class OrbaxSource:
         stored = self.arrays[name]
         array = stored.array
         row = array.spec.nbytes // max(array.spec.shape[0] if array.spec.shape else 1, 1)
-        longest = max((extent.length for extent in stored.chunks or () if extent), default=0)
-        # a bucket's chunk is fetched whole
-        ahead = longest if self.location.local is None else buffered_bytes(longest)
+        largest = max((extent.length for extent in stored.chunks or () if extent), default=0)
+        # chunks of a bucket are fetched whole
+        ahead = largest if self.location.local is None else buffered_bytes(largest)
         if self._streams(name):
             slab = Spec(stream.slab_shape(array), array.spec.dtype).nbytes
             return slab + 4 * stream.READ_BYTES + ahead
-        # decoded chunks beside the rows copied out of them
+        # a decoded chunk, and the rows copied out of it
         return 2 * row * (array.chunks[0] if array.chunks else 1) + ahead
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
@@ -92,23 +93,23 @@ class OrbaxSource:
         if isinstance(rows, slice):
             start, stop, step = rows.indices(shape[0])
             if step != 1:
-                raise IndexError(f"rows of {name} are read in order: no step {step}")
+                raise IndexError(f"rows of {name} must be contiguous: step {step} is not supported")
             return self._rows(name, range(start, max(start, stop)))
         at = range(shape[0])[rows]
-        one: np.ndarray = self._rows(name, range(at, at + 1))[0]
-        return one
+        row: np.ndarray = self._rows(name, range(at, at + 1))[0]
+        return row
 
     def slabs(
-        self, name: str, shape: tuple[int, ...] | None = None, spent: Spent | None = None
+        self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:
         array = self.arrays[name].array
         own = array.spec.shape
         if shape not in (None, own):
-            # no leaf is read by another shape than its own as a rule; one that is, is read whole
+            # rare, so read whole: rules slice a leaf by its own shape
             yield (0,) * len(shape or ()), self.read(name).reshape(shape or ())
             return
         if self._streams(name):
-            yield from stream.slabs(array, self._chunks(name), name, spent or Spent())
+            yield from stream.slabs(array, self._chunks(name), name, spent or Timings())
             return
         if not own:
             yield (), self.read(name)
@@ -117,7 +118,7 @@ class OrbaxSource:
             began = time.perf_counter()
             rows = self._rows(name, range(start, min(start + array.chunks[0], own[0])))
             if spent is not None:
-                # reading and decoding are one call
+                # TensorStore reads and decodes in one call
                 spent.decode += time.perf_counter() - began
             yield (start, *(0,) * (len(own) - 1)), rows
 
@@ -135,7 +136,7 @@ class OrbaxSource:
         if not self._streams(name):
             return chunks.read(array, lambda number: self._chunk(name, number), rows, name)
         result = np.empty((len(rows), *array.spec.shape[1:]), array.spec.dtype)
-        for at, values in stream.slabs(array, self._chunks(name), name, Spent()):
+        for at, values in stream.slabs(array, self._chunks(name), name, Timings()):
             if not at:
                 result[0] = values
                 continue
@@ -151,12 +152,12 @@ class OrbaxSource:
 
     def _chunks(self, name: str) -> Iterator[tuple[Path | None, Extent]]:
         for number in range(len(self.arrays[name].chunks or ())):
-            found = self._chunk(name, number)
-            assert found is not None
-            yield found
+            chunk = self._chunk(name, number)
+            assert chunk is not None
+            yield chunk
 
     def _chunk(self, name: str, number: int) -> tuple[Path | None, Extent] | None:
-        """Where a chunk lies: a range of a file, or bytes. A bucket's is fetched."""
+        """The file and extent of a chunk. In a bucket, it is fetched, and becomes an inline extent."""
         stored = self.arrays[name]
         assert stored.chunks is not None
         extent = stored.chunks[number]
@@ -169,7 +170,7 @@ class OrbaxSource:
             if self.ocdbt:
                 value = bytes(open_store(self.location, True).read(key).result().value)
             else:
-                value = (self.location / key).read_bytes(longest(stored.array)) or b""
+                value = (self.location / key).read_bytes(max_chunk_bytes(stored.array)) or b""
         except (ValueError, OSError) as error:
             raise self._damaged(name, error) from error
         return None, Extent(len(value), inline=value)
@@ -179,7 +180,7 @@ class OrbaxSource:
         return bool(stored.chunks is not None and not stored.sparse and stream.streamable(stored.array))
 
     def _tensorstore(self, name: str) -> Any:
-        """A zarr 3 array: TensorStore decodes it, chunk by chunk, into memory of the declared size."""
+        """A zarr 3 array, opened in TensorStore."""
         import tensorstore as ts
 
         stored = self.arrays[name]
@@ -188,16 +189,16 @@ class OrbaxSource:
             "kvstore": store_spec(self.location, self.ocdbt) | {"path": f"{stored.path}/"}
             if self.ocdbt
             else (self.location / stored.path).kvstore(),
-            # a missing chunk must be an error: the default reads it as zeros
+            # a missing chunk is an error: by default it is read as zeros
             "fill_missing_data_reads": stored.sparse,
         }
         try:
             store = ts.open(spec, open=True, read=True, context=tensorstore_context()).result()
         except (ValueError, OSError) as error:
             raise self._damaged(name, error) from error
-        seen = Spec(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
-        if seen != stored.array.spec:
-            raise self._damaged(name, ValueError(f"it is {seen}, and was {stored.array.spec}"))
+        opened = Spec(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
+        if opened != stored.array.spec:
+            raise self._damaged(name, ValueError(f"it is {opened}, and was {stored.array.spec}"))
         return store
 
     def _damaged(self, name: str, error: Exception) -> SourceRefused:
@@ -207,12 +208,12 @@ class OrbaxSource:
 
 
 def claims(location: Location) -> bool:
-    """Whether the path looks like Orbax at any level: a run's directory, a step, its params."""
+    """Whether the path looks like Orbax at any level: a run, a step, its params."""
     names = location.names()
     return (
         UNFINISHED in location.url
         or _marked(names)
-        # one level: links can make directories without end
+        # one level only: symlinks may form loops
         or any(_step(name) is not None and _marked((location / name).names()) for name in names)
     )
 
@@ -222,45 +223,45 @@ def _marked(names: list[str]) -> bool:
 
 
 def open_orbax(location: Location) -> OrbaxSource:
-    """Open the ``params`` that a path means, with every array listed and none read.
+    """Open the ``params`` of a path: every array is listed, none is read.
 
     Raises:
-        SourceRefused: the path is at the wrong level, the save is unfinished, or index,
-            metadata and store disagree.
+        SourceRefused: the path is at the wrong level, the save is unfinished, or the index, the
+            metadata and the store disagree.
     """
     params, root, notes = resolve(location)
     files = params.files() if params.local is not None else []
-    stamps = take(params.local / file for file in files) if params.local is not None else {}
+    stamps = take_stamps(params.local / file for file in files) if params.local is not None else {}
     _refuse_leftovers(params, files)
     tree, sparse = read_tree_metadata(params)
     ocdbt = (params / "manifest.ocdbt").is_file()
     if not ocdbt and any(name.startswith("ocdbt.process_") for name in params.names()):
         raise SourceRefused(
             Problem(
-                f"{params}: manifest.ocdbt is missing: the save was not finished, or not copied whole",
+                f"{params}: manifest.ocdbt is missing: the save did not finish, or the copy is incomplete",
                 "convert an earlier step, or copy the checkpoint again",
             )
         )
     arrays = list_arrays(params, ocdbt, tree, sparse)
     if zeros := [name for name, stored in arrays.items() if stored.sparse]:
-        notes += (f"{len(zeros)} arrays lack chunks that hold only zeros, as this Orbax saved them",)
+        notes += (
+            f"{counted(len(zeros), 'array')} with chunks of zeros omitted, as this version of Orbax does",
+        )
     return OrbaxSource(params, root, ocdbt, arrays, notes, stamps=stamps)
 
 
 def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
-    """Find what a path means: (the params directory, the directory of its assets, notes).
+    """Resolve a user's path: (the params directory, the directory with its assets, notes).
 
-    A params directory, a step that holds one, or a directory of steps, of which the newest
-    finished one is taken and named in a note.
+    The path may be a params directory, a step that contains one, or a directory of steps, of which
+    the latest complete step is used and a note says so.
     """
     names = location.names()
     if not names:
         what = "is empty" if location.exists() else "does not exist"
-        raise SourceRefused(Problem(f"{location} {what}", "give a checkpoint's directory"))
+        raise SourceRefused(Problem(f"{location} {what}", "give the directory of a checkpoint"))
     if UNFINISHED in location.url:
-        raise SourceRefused(
-            Problem(f"{location}: Orbax did not finish this save", "convert the last step that was finished")
-        )
+        raise SourceRefused(Problem(f"{location} is an unfinished save", "convert the latest complete step"))
     if (
         "_METADATA" in names
         or "manifest.ocdbt" in names
@@ -270,71 +271,64 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
     if ITEM in names:
         return location / ITEM, location, ()
     steps = sorted((number, name) for name in names if (number := _step(name)) is not None)
-    finished = [name for _, name in steps if (location / name / ITEM / "_METADATA").is_file()]
-    if finished:
-        skipped = [name for _, name in steps if name not in finished] + [n for n in names if UNFINISHED in n]
-        note = f"step {finished[-1]} is the newest finished one of {location}"
+    complete = [name for _, name in steps if (location / name / ITEM / "_METADATA").is_file()]
+    if complete:
+        skipped = [name for _, name in steps if name not in complete] + [n for n in names if UNFINISHED in n]
+        note = f"using step {complete[-1]}, the latest complete step of {location}"
         if skipped:
-            note += f" (not finished: {', '.join(skipped)})"
-        return location / finished[-1] / ITEM, location / finished[-1], (printable(note),)
+            note += f" (incomplete: {', '.join(skipped)})"
+        return location / complete[-1] / ITEM, location / complete[-1], (printable(note),)
     if steps or any(UNFINISHED in name for name in names):
         raise SourceRefused(
             Problem(
-                f"{location}: none of its steps was finished ({', '.join(n for n in names)})",
+                f"{location} has no complete step ({', '.join(n for n in names)})",
                 "let the save finish, or convert another run",
             )
         )
     if "train_state" in names:
         raise SourceRefused(
             Problem(
-                f"{location} holds train_state and no {ITEM}/",
+                f"{location} contains train_state but no {ITEM}/",
                 "copy params/ from the training machine as well",
             )
         )
     if ITEM in location.parent.names():
         raise SourceRefused(
-            Problem(f"{location} lies beside {ITEM}/, one level too deep", f"give {location.parent}")
+            Problem(f"{location} is beside {ITEM}/, one level too deep", f"give {location.parent}")
         )
     raise SourceRefused(
         Problem(
-            f"{location} holds no checkpoint ({', '.join(names[:6])})",
-            f"give the step directory that holds {ITEM}/",
+            f"{location} is not a checkpoint (contains {', '.join(names[:6])})",
+            f"give the step directory that contains {ITEM}/",
         )
     )
 
 
 def _step(name: str) -> int | None:
-    """A step's number: Orbax names step directories by number, with an optional prefix."""
+    """The number of a step: Orbax names step directories by number, with an optional prefix."""
     tail = name.rsplit("_", 1)[-1]
     return int(tail) if tail.isascii() and tail.isdigit() and len(tail) < 20 else None
 
 
 def _refuse_leftovers(params: Location, files: list[str]) -> None:
-    """Git LFS leaves a short text where a file was not fetched; downloads leave parts of files."""
+    """Refuse files that were not fetched: git-lfs pointers and interrupted downloads."""
     pointers = []
     for file in files:
         if file.endswith(PARTIAL):
-            raise SourceRefused(
-                Problem(f"{params / file} is what a download left when it was cut off", RECOPY)
-            )
+            raise SourceRefused(Problem(f"{params / file} is an interrupted download", RECOPY))
         assert params.local is not None
         path = params.local / file
         try:
             if path.stat().st_size < 1024:
                 with open_regular(path) as opened:
-                    if opened.read(len(LFS)) == LFS:
+                    if lfs.is_pointer(opened.read(len(lfs.POINTER))):
                         pointers.append(file)
         except OSError as error:
             raise SourceRefused(
                 Problem(f"{path}: {error.strerror}", "check the path and its permissions")
             ) from error
     if pointers:
-        raise SourceRefused(
-            Problem(
-                f"{params}: {len(pointers)} files are git-lfs pointers, not data (the first: {pointers[0]})",
-                "fetch them with `git lfs pull` in the repository the checkpoint came from",
-            )
-        )
+        raise SourceRefused(lfs.pointer_problem(params / pointers[0], len(pointers)))
 
 
 FORMAT = Format(

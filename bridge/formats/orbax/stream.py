@@ -1,8 +1,8 @@
-"""A chunked array in order, without holding a chunk.
+"""Streaming a chunked array in order, without a whole chunk in memory.
 
-Orbax stores an array as one zstd chunk by default, and a chunk of a stacked leaf holds every
-layer. TensorStore must decode all of it to give one; here it is read in pieces and decoded as a
-stream. Memory: one slab, and a few read buffers.
+By default Orbax stores an array as one zstd chunk, which for a stacked leaf contains every layer.
+TensorStore decodes all of it to return one layer; here it is read in pieces and decoded as a
+stream. Memory: one slab and a few read buffers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused
-from bridge.formats.contract import SLAB_BYTES, Slab, Spent
-from bridge.formats.disk.readahead import fill, open_part
+from bridge.formats.contract import SLAB_BYTES, Slab, Timings
+from bridge.formats.disk.readahead import fill, open_range
 from bridge.formats.orbax import zstd
 from bridge.formats.orbax.ocdbt import RECOPY, Extent
 from bridge.formats.orbax.zarr import ZarrArray
@@ -29,7 +29,7 @@ READ_BYTES = 1 << 20
 
 
 def cut_axis(array: ZarrArray) -> int | None:
-    """The one axis along which chunks are runs of the array in C order: (1, …, n, *rest), or None."""
+    """The axis along which chunks are contiguous runs of the array: (1, …, n, *rest). None if there is none."""
     shape = array.spec.shape
     axis = next((axis for axis, size in enumerate(array.chunks) if size != 1), max(len(shape) - 1, 0))
     whole = all(n == c for n, c in zip(shape[axis + 1 :], array.chunks[axis + 1 :], strict=True))
@@ -37,31 +37,31 @@ def cut_axis(array: ZarrArray) -> int | None:
 
 
 def streamable(array: ZarrArray) -> bool:
-    """Whether the array's chunks are runs of it in order, plain or zstd."""
+    """Whether the chunks are contiguous runs of the array in C order, raw or zstd."""
     return array.plain is not None and cut_axis(array) is not None
 
 
 def slab_shape(array: ZarrArray) -> tuple[int, ...]:
-    """Shape of the slabs that :func:`slabs` gives; smaller at the edges."""
+    """Shape of the slabs of :func:`slabs`; smaller at the edges."""
     return run_shape(_chunk(array), SLAB_BYTES)
 
 
 def _chunk(array: ZarrArray) -> Spec:
-    """A chunk, without what of it lies beyond the array."""
+    """A chunk, clipped to the array."""
     clipped = tuple(min(n, c) for n, c in zip(array.spec.shape, array.chunks, strict=True))
     return Spec(clipped, array.spec.dtype)
 
 
 def slabs(
-    array: ZarrArray, chunks: Iterable[tuple[Path | None, Extent]], label: str, spent: Spent
+    array: ZarrArray, chunks: Iterable[tuple[Path | None, Extent]], label: str, spent: Timings
 ) -> Iterator[Slab]:
-    """Yield an array for which :func:`streamable` holds, in C order.
+    """Yield a :func:`streamable` array in C order, slab by slab.
 
     Args:
         array: its metadata.
-        chunks: for each chunk in order, the file it lies in (None when inline) and where.
-        label: what to call the array in an error.
-        spent: takes note of the time that reading and decoding take.
+        chunks: the file (None when inline) and extent of each chunk, in C order.
+        label: the name of the array in an error.
+        spent: the time for reading and decoding is added to these.
 
     Raises:
         SourceRefused: a file cannot be read, or a chunk decodes to too few or too many bytes.
@@ -79,21 +79,21 @@ def slabs(
                 count = math.prod(part)
                 _fill(stream, flat[: count * item], label, path)
                 yield tuple(map(sum, zip(start, at, strict=True))), buffer[:count].reshape(part)
-            # a chunk is stored whole, what lies beyond the array's end being padding
+            # chunks are stored whole, padded beyond the end of the array
             _skip(stream, (array.chunks[axis] - region[axis]) * row if shape else 0, label, path)
 
 
 def read_chunk(array: ZarrArray, path: Path | None, extent: Extent, label: str, into: np.ndarray) -> None:
-    """Decode one chunk into an array of the chunk's shape, which it must fill exactly."""
-    with _decoded(array, path, extent, label, Spent()) as stream:
+    """Decode one chunk into an array of its shape, which it must fill exactly."""
+    with _decoded(array, path, extent, label, Timings()) as stream:
         _fill(stream, raw(into), label, path)
         _skip(stream, 0, label, path)
 
 
 class _Stream:
-    """A chunk's decoded bytes, with the time that reading and decoding them takes."""
+    """The decoded bytes of a chunk; keeps the time for reading and decoding them."""
 
-    def __init__(self, source: Any, file: _Range, spent: Spent) -> None:
+    def __init__(self, source: Any, file: _ExtentReader, spent: Timings) -> None:
         self._source, self._file, self._spent = source, file, spent
 
     def readinto(self, into: memoryview) -> int:
@@ -105,7 +105,7 @@ class _Stream:
         return got
 
     def finish(self) -> bool:
-        """Whether everything was read, and a frame is whole. Decoders do not look behind a frame."""
+        """Whether everything was read. Decoders do not look at what follows a frame."""
         return self._file.finish()
 
     def __enter__(self) -> _Stream:
@@ -116,21 +116,21 @@ class _Stream:
         self._file.close()
 
 
-def _decoded(array: ZarrArray, path: Path | None, extent: Extent, label: str, spent: Spent) -> _Stream:
+def _decoded(array: ZarrArray, path: Path | None, extent: Extent, label: str, spent: Timings) -> _Stream:
     compressed = array.plain == "zstd"
     frame = zstd.Frame(math.prod(array.chunks) * array.spec.dtype.itemsize) if compressed else None
     try:
-        file = _Range(path, extent, frame)
+        file = _ExtentReader(path, extent, frame)
     except OSError as error:
         raise SourceRefused(Problem(f"{path}: {label}: {error.strerror}", RECOPY)) from error
     return _Stream(zstd.reader(file, READ_BYTES) if compressed else file, file, spent)
 
 
-class _Range(io.RawIOBase):
-    """Part of a file, or bytes from the index, as a stream. A zstd frame is followed on its way."""
+class _ExtentReader(io.RawIOBase):
+    """The stored bytes of a chunk, from a file or the index, as a stream. A zstd frame is checked on the way."""
 
     def __init__(self, path: Path | None, extent: Extent, frame: zstd.Frame | None) -> None:
-        self._part = None if path is None else open_part(path, extent.offset, extent.length)
+        self._part = None if path is None else open_range(path, extent.offset, extent.length)
         self._inline = memoryview(extent.inline or b"")
         self._at, self._end = extent.offset, extent.offset + extent.length
         self._frame = frame
@@ -153,7 +153,7 @@ class _Range(io.RawIOBase):
         return got
 
     def finish(self) -> bool:
-        """Whether nothing is left to read. Raises ValueError when the frame is not whole."""
+        """Whether nothing is left to read. Raises ValueError if the frame is incomplete."""
         if self._at < self._end:
             return False
         if self._frame is not None:
@@ -170,7 +170,9 @@ def _fill(stream: _Stream, into: memoryview, label: str, path: Path | None) -> N
     with _named(label, path):
         missing = fill(stream.readinto, into)
     if missing:
-        raise SourceRefused(Problem(f"{path or 'the index'}: {label} ends {missing} bytes too soon", RECOPY))
+        raise SourceRefused(
+            Problem(f"{path or 'the index'}: {label} is truncated by {missing} bytes", RECOPY)
+        )
 
 
 def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
@@ -180,17 +182,15 @@ def _skip(stream: _Stream, count: int, label: str, path: Path | None) -> None:
         _fill(stream, part, label, path)
         count -= len(part)
     with _named(label, path):
-        # a decoder goes on to the end of the frame only when it is asked for more
+        # a decoder reads to the end of the frame only when asked for more
         whole = not stream.readinto(scratch[:1]) and stream.finish()
     if not whole:
-        raise SourceRefused(
-            Problem(f"{path or 'the index'}: {label} holds more bytes than its shape", RECOPY)
-        )
+        raise SourceRefused(Problem(f"{path or 'the index'}: {label} has more bytes than its shape", RECOPY))
 
 
 @contextlib.contextmanager
 def _named(label: str, path: Path | None) -> Iterator[None]:
-    """Say which chunk of what cannot be read."""
+    """Name the array and the file in an error."""
     import zstandard
 
     try:
@@ -204,5 +204,5 @@ def _named(label: str, path: Path | None) -> Iterator[None]:
             Problem(f"{path or 'the index'}: {label} cannot be decoded: {error}", RECOPY)
         ) from error
     except ValueError as error:
-        # what a frame is not is the end of the sentence
+        # the errors of zstd.Frame are predicates
         raise SourceRefused(Problem(f"{path or 'the index'}: {label} {error}", RECOPY)) from error

@@ -1,7 +1,6 @@
-"""What a zarr array says of itself (``.zarray``, or ``zarr.json`` in version 3), checked.
+"""Metadata of zarr arrays (``.zarray``, or ``zarr.json`` in version 3), parsed and checked.
 
-The shapes in these files decide how much memory is asked for, so nothing in them is believed
-before it was looked at.
+The shapes in these files decide how much memory is allocated, so they are checked first.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from bridge.strict_json import parse_object, shown
 MAX_BYTES = 1 << 40
 MAX_CHUNKS = 1 << 22
 MAX_AXES = 16
-#: bytes of a description
+#: bytes of one array's metadata
 MAX_TEXT = 1 << 20
 
 _PLAIN = [np.dtype(kind) for kind in ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?"]]
 _DTYPES = {dtype.str: dtype for dtype in _PLAIN} | {d.name: d for d in _PLAIN} | {"bfloat16": BFLOAT16}
-#: codecs of version 3 that Orbax writes; TensorStore decodes each into memory of the declared size
+#: codecs of version 3 that Orbax writes; TensorStore decodes each into a buffer of the declared size
 _CODECS = {"bytes", "transpose", "zstd", "crc32c", "sharding_indexed"}
 
 
 @dataclass(frozen=True)
 class ZarrArray:
-    """One array: its spec, its chunk grid, and what the chunks are encoded with."""
+    """One array: its spec, its chunk grid, and the encoding of its chunks."""
 
     spec: Spec
     chunks: tuple[int, ...]
     driver: str
     """TensorStore's driver: ``zarr`` or ``zarr3``."""
     plain: str | None
-    """``"zstd"`` or ``"raw"`` when a chunk is just that, in C order; None for anything else."""
+    """``"zstd"`` or ``"raw"`` if chunks are encoded so and in C order; None for other codecs."""
     separator: str
     prefix: str
 
@@ -57,15 +56,15 @@ class ZarrArray:
 
 
 def parse_v2(text: bytes) -> ZarrArray:
-    """Read a ``.zarray``. Raises ValueError with the cause."""
+    """Parse a ``.zarray``. Raises ValueError with the cause."""
     meta = parse_object(text)
     shape, chunks = _sizes(meta, "shape"), _sizes(meta, "chunks")
     compressor = meta.get("compressor")
     if compressor is not None and (not isinstance(compressor, dict) or compressor.get("id") != "zstd"):
-        raise ValueError(f"compressor is {shown(compressor)}, and Orbax writes zstd or none")
+        raise ValueError(f"compressor is {shown(compressor)}; Orbax writes zstd or none")
     for field, allowed in (("zarr_format", (2,)), ("order", ("C",)), ("filters", (None, []))):
         if meta.get(field) not in allowed:
-            raise ValueError(f"{field} is {shown(meta.get(field))}, and Orbax writes {allowed[0]}")
+            raise ValueError(f"{field} is {shown(meta.get(field))}; Orbax writes {allowed[0]}")
     _check_fill(meta)
     plain = "raw" if compressor is None else "zstd"
     separator = meta.get("dimension_separator", ".")
@@ -75,10 +74,10 @@ def parse_v2(text: bytes) -> ZarrArray:
 
 
 def parse_v3(text: bytes) -> ZarrArray:
-    """Read a ``zarr.json``. Raises ValueError with the cause."""
+    """Parse a ``zarr.json``. Raises ValueError with the cause."""
     meta = parse_object(text)
     if meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
-        raise ValueError("it describes no array of zarr 3")
+        raise ValueError("not the metadata of a zarr 3 array")
     _check_codecs(meta.get("codecs"), 0)
     _check_fill(meta)
     grid = meta.get("chunk_grid")
@@ -94,7 +93,7 @@ def parse_v3(text: bytes) -> ZarrArray:
     separator = separator or ("/" if default else ".")
     if separator not in (".", "/"):
         raise ValueError(f"chunk key separator is {shown(separator)}")
-    # version 3 chunks hold shards with an index: TensorStore reads those
+    # chunks of version 3 may be sharded: TensorStore reads them
     return _array(
         shape,
         chunks,
@@ -122,14 +121,14 @@ def _array(
     described = f"shape {list(shape)} in chunks of {list(chunks)}"
     if any(size == 0 for size in chunks):
         raise ValueError(f"chunks are {list(chunks)}")
-    # an axis of 0 must not hide what the others would take
+    # an axis of 0 must not hide the size of the others
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize > MAX_BYTES:
-        raise ValueError(f"{described} is larger than any weight")
+        raise ValueError(f"{described} exceeds the limit of {MAX_BYTES >> 40} TiB")
     if any(chunk > max(size, 1) for chunk, size in zip(chunks, shape, strict=True)):
         raise ValueError(f"{described}: a chunk is larger than the array")
     array = ZarrArray(Spec(shape, dtype), chunks, driver, plain, separator, prefix)
     if math.prod(array.grid) > MAX_CHUNKS:
-        raise ValueError(f"{described} is {math.prod(array.grid)} chunks")
+        raise ValueError(f"{described} has {math.prod(array.grid)} chunks")
     return array
 
 
@@ -141,17 +140,17 @@ def _sizes(meta: dict[str, Any], key: str) -> tuple[int, ...]:
 
 
 def _dtype(name: Any) -> np.dtype:
-    # looked up, not parsed: numpy reads a small language in these strings
+    # looked up, not parsed: numpy interprets these strings
     if isinstance(name, str) and name in _DTYPES:
         return _DTYPES[name]
     raise ValueError(f"dtype is {shown(name)}")
 
 
 def _check_fill(meta: dict[str, Any]) -> None:
-    """What absent chunks hold must be what bridge takes them for."""
+    """Absent chunks must mean zeros."""
     value = meta.get("fill_value")
     if isinstance(value, (dict, list, str)) or value:
-        raise ValueError(f"fill_value is {shown(value)}, and Orbax writes none or zero")
+        raise ValueError(f"fill_value is {shown(value)}; Orbax writes none or zero")
 
 
 def _check_codecs(codecs: Any, depth: int) -> None:
@@ -160,7 +159,7 @@ def _check_codecs(codecs: Any, depth: int) -> None:
     for codec in codecs:
         name = codec.get("name") if isinstance(codec, dict) else None
         if not isinstance(name, str) or name not in _CODECS:
-            raise ValueError(f"a codec is {shown(name)}, and Orbax writes {', '.join(sorted(_CODECS))}")
+            raise ValueError(f"a codec is {shown(name)}; Orbax writes {', '.join(sorted(_CODECS))}")
         if name == "sharding_indexed":
             settings = codec.get("configuration")
             for inner in ("codecs", "index_codecs"):

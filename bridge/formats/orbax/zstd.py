@@ -1,14 +1,14 @@
-"""zstd frames, held to what Orbax writes: one whole frame, of one size, and nothing after it.
+"""Strict checks of zstd streams: one complete frame of the expected size, with nothing after it.
 
-Decoders are lenient: they stop at the end of a frame and do not look at what follows it, or take
-several frames for one. RFC 8878 describes the format.
+Decoders are lenient: they stop at the end of a frame and ignore the rest, or decode several frames
+as one. The format is RFC 8878.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-#: what any decoder accepts by default, and every encoder below level 23 stays within
+#: the default limit of decoders; no encoder below level 23 exceeds it
 MAX_WINDOW = 1 << 27
 #: the shortest block, of 4 bytes, decodes to at most 128 KiB (RFC 8878, 3.1.1.2.3 and 4)
 RATIO = (128 << 10) // 4
@@ -18,9 +18,9 @@ _ID_BYTES = (0, 1, 2, 4)
 
 
 class Frame:
-    """Follows the bytes of a frame on their way to the decoder.
+    """A check of a frame's structure, fed with its bytes on their way to the decoder.
 
-    What it raises is the end of a sentence about the chunk.
+    The messages of its errors are predicates, to follow the name of a chunk.
 
     Args:
         expected: bytes that the frame must decode to.
@@ -36,14 +36,14 @@ class Frame:
         self._done = False
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take the next bytes of the frame. Raises ValueError when they cannot be."""
+        """Check the next bytes of the frame. Raises ValueError if they are invalid."""
         at = 0
         while at < len(data):
             if self._pass:
                 taken = min(self._pass, len(data) - at)
                 self._pass -= taken
             elif self._done:
-                raise ValueError("holds more bytes than its zstd frame")
+                raise ValueError("has data after its zstd frame")
             else:
                 taken = min(self._need - len(self._head), len(data) - at)
                 self._head += data[at : at + taken]
@@ -52,18 +52,18 @@ class Frame:
             at += taken
 
     def finish(self) -> None:
-        """There are no more bytes. Raises ValueError when the frame is not whole."""
+        """End the input. Raises ValueError if the frame is incomplete."""
         if not self._done or self._pass:
-            raise ValueError("ends before its zstd frame does")
+            raise ValueError("ends within its zstd frame")
 
     def _descriptor(self) -> None:
         if self._head[:4] != _MAGIC:
-            raise ValueError("cannot be decoded: it is no zstd frame")
+            raise ValueError("cannot be decoded: not a zstd frame")
         descriptor = self._head[4]
         single = bool(descriptor & 0x20)
         self._checksum = bool(descriptor & 0x04)
         if descriptor & 0x08:
-            raise ValueError("cannot be decoded: a reserved bit of its zstd frame is set")
+            raise ValueError("cannot be decoded: its zstd frame has a reserved bit set")
         self._id = _ID_BYTES[descriptor & 3]
         self._size = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
         self._need = 5 + (0 if single else 1) + self._id + self._size
@@ -79,16 +79,16 @@ class Frame:
         if self._size:
             claimed = int.from_bytes(self._head[-self._size :], "little") + (256 if self._size == 2 else 0)
             if claimed > self._expected:
-                raise ValueError(f"holds more bytes than its shape: {claimed}, not {self._expected}")
+                raise ValueError(f"has more bytes than its shape: {claimed}, expected {self._expected}")
             if claimed < self._expected:
-                raise ValueError(f"ends {self._expected - claimed} bytes too soon")
+                raise ValueError(f"is truncated by {self._expected - claimed} bytes")
         self._next(3, self._block)
 
     def _block(self) -> None:
         header = int.from_bytes(self._head, "little")
         last, kind, size = header & 1, header >> 1 & 3, header >> 3
         if kind == 3:
-            raise ValueError("cannot be decoded: its zstd frame has a block of a reserved kind")
+            raise ValueError("cannot be decoded: its zstd frame has a block of a reserved type")
         self._pass = 1 if kind == 1 else size
         if last:
             self._done = True
@@ -101,7 +101,7 @@ class Frame:
 
 
 def reader(raw: Any, read_size: int) -> Any:
-    """A stream of a frame's content, in bounded memory."""
+    """The decoded content of a frame, as a stream in bounded memory."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)

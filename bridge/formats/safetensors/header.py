@@ -1,9 +1,9 @@
-"""The safetensors file: its header, read strictly and written before any tensor is.
+"""The header of a safetensors file, parsed strictly, and written before any tensor.
 
-Eight bytes of length, a JSON header, one buffer without holes, little endian (safetensors,
-tensor.rs). The header needs every name, dtype and shape and no data, so a plan can lay out the
-whole file first and tensors can then be written in any order at their final place. Read here
-more strictly than by the reference: duplicate keys and unsafe names are refused.
+A file is a length of eight bytes, a JSON header and one buffer without holes, little endian
+(safetensors, tensor.rs). The header needs names, dtypes and shapes but no data, so the whole file
+is laid out first, and tensors are then written in any order, each at its final offset. Stricter
+than the reference: duplicate keys and unsafe names are refused.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 
 from bridge.arrays import BFLOAT16, Spec
 from bridge.errors import Problem, SourceRefused
+from bridge.formats.disk import lfs
 from bridge.formats.disk.location import open_regular
 from bridge.strict_json import parse_object, shown
 
-#: bytes; the reference allows 100 MB, which a policy's names do not come near
+#: bytes; the reference allows 100 MB, far more than the names of a policy need
 MAX_HEADER = 32 << 20
 MAX_TENSORS = 100_000
-#: elements along one axis, of which another may be 0
+#: elements along one axis: a product of axes does not limit it if another axis is 0
 MAX_AXIS = 1 << 48
-_LFS = b"version "
-#: how zip archives (torch.save since 1.6) and bare pickles begin
+#: first bytes of zip archives (torch.save since 1.6) and of bare pickles
 _PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 _DTYPES: dict[str, np.dtype] = {
@@ -53,8 +53,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor and the byte of the file where it begins."""
+class TensorEntry:
+    """A tensor's spec, and the offset of its first byte in the file."""
 
     spec: Spec
     offset: int
@@ -62,18 +62,18 @@ class Placed:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds and where."""
+    """The layout of a file."""
 
-    tensors: Mapping[str, Placed]
+    tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     length: int
-    """Bytes of the whole file."""
+    """Size of the file in bytes."""
 
 
 def compose(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
-    """Lay out a file: its first bytes, up to the first tensor, and where each tensor goes.
+    """Lay out a file: its bytes up to the first tensor, and its header.
 
-    In the reference writer's order: widest dtype first (alignment), then by name.
+    Tensors are in the order of the reference writer: widest dtype first (alignment), then by name.
     """
     order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     described: dict[str, Any] = {}
@@ -92,32 +92,27 @@ def compose(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
-    placed = {name: Placed(specs[name], first + described[name]["data_offsets"][0]) for name in order}
-    return len(text).to_bytes(8, "little") + text, Header(placed, dict(metadata), first + begin)
+    entries = {name: TensorEntry(specs[name], first + described[name]["data_offsets"][0]) for name in order}
+    return len(text).to_bytes(8, "little") + text, Header(entries, dict(metadata), first + begin)
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a local file.
 
     Raises:
-        SourceRefused: the file is not exactly a safetensors file, with the cause.
+        SourceRefused: the file cannot be read, or is not a valid safetensors file.
     """
     try:
         with io.BufferedReader(open_regular(path)) as file:
             size = path.stat().st_size
             start = file.read(8)
-            if start == _LFS:
-                raise SourceRefused(
-                    Problem(
-                        f"{path} is a git-lfs pointer, not data",
-                        "fetch it with `git lfs pull` in the repository the checkpoint came from",
-                    )
-                )
+            if lfs.POINTER.startswith(start) and lfs.is_pointer(start + file.read(len(lfs.POINTER))):
+                raise SourceRefused(lfs.pointer_problem(path))
             if start.startswith(_PICKLES) and int.from_bytes(start, "little") > size:
                 raise SourceRefused(pickle_problem(str(path)))
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"its header claims {length} bytes, and the file has {size}")
+                raise ValueError(f"its header claims {length} bytes, but the file has {size}")
             text = file.read(length)
         return _parse(text, size)
     except OSError as error:
@@ -126,7 +121,7 @@ def read_header(path: Path) -> Header:
         ) from error
     except ValueError as error:
         raise SourceRefused(
-            Problem(f"{path} is not a whole safetensors file: {error}", "copy the checkpoint again")
+            Problem(f"{path} is not a valid safetensors file: {error}", "copy the checkpoint again")
         ) from error
 
 
@@ -136,35 +131,35 @@ def _parse(text: bytes, size: int) -> Header:
     described = parse_object(text, 16 * MAX_TENSORS)
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not all text")
+        raise ValueError("its metadata has values that are not strings")
     if len(described) > MAX_TENSORS:
         raise ValueError(f"it lists {len(described)} tensors")
     first = 8 + len(text)
-    tensors = {name: _placed(name, entry, first) for name, entry in described.items()}
+    tensors = {name: _entry(name, value, first) for name, value in described.items()}
     end = first
-    for name, placed in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
-        if placed.offset != end:
-            raise ValueError(f"{name} begins at byte {placed.offset}, and the tensor before it ends at {end}")
-        end += placed.spec.nbytes
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+        if entry.offset != end:
+            raise ValueError(f"{name} begins at byte {entry.offset}, but the tensor before it ends at {end}")
+        end += entry.spec.nbytes
     if end != size:
-        raise ValueError(f"its tensors end at byte {end}, and the file has {size}")
+        raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
     return Header(tensors, metadata, size)
 
 
-def _placed(name: str, entry: Any, first: int) -> Placed:
+def _entry(name: str, value: Any, first: int) -> TensorEntry:
     if not name or len(name) > 1024 or ".." in name or "/" in name or not name.isprintable():
-        raise ValueError(f"the tensor name {name[:80]!r} is not safe")
-    if not isinstance(entry, dict):
-        raise ValueError(f"{name} is not described")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        raise ValueError(f"unsafe tensor name {name[:80]!r}")
+    if not isinstance(value, dict):
+        raise ValueError(f"the entry of {name} is not an object")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{name} has dtype {shown(dtype)}")
     if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
         raise ValueError(f"{name} has shape {shown(shape)} at {shown(offsets)}")
     spec = Spec(tuple(shape), _DTYPES[dtype])
     if spec.nbytes != offsets[1] - offsets[0]:
-        raise ValueError(f"{name} is {spec}, and has {offsets[1] - offsets[0]} bytes")
-    return Placed(spec, first + offsets[0])
+        raise ValueError(f"{name} is {spec} but has {offsets[1] - offsets[0]} bytes")
+    return TensorEntry(spec, first + offsets[0])
 
 
 def _naturals(value: object, *, at_most: int) -> TypeGuard[list[int]]:
@@ -176,8 +171,8 @@ def _naturals(value: object, *, at_most: int) -> TypeGuard[list[int]]:
 
 
 def pickle_problem(where: str) -> Problem:
-    """What to say of a pickle, whatever it is called."""
+    """The problem of a pickle, whatever its name."""
     return Problem(
-        f"{where} is a pickle, which can run code when it is opened: bridge never opens one",
-        "where you trust it, save it as safetensors: save_pretrained(..., safe_serialization=True)",
+        f"{where} is a pickle, which can run code when it is loaded: bridge never loads one",
+        "if you trust it, save it as safetensors: save_pretrained(..., safe_serialization=True)",
     )

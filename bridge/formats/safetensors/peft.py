@@ -1,7 +1,7 @@
-"""PEFT adapter sets: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+"""PEFT adapters: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
-The tensors are a safetensors file like any other; the config is kept as the JSON object it is,
-and read by :mod:`bridge.peft.config`. Pickled adapters (``adapter_model.bin``) are never opened.
+The tensors are an ordinary safetensors file; the config is kept as a JSON object, which
+:mod:`bridge.peft.config` interprets. Pickled adapters (``adapter_model.bin``) are never loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bridge.arrays import Spec
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Format
 from bridge.formats.disk.location import Location
-from bridge.formats.disk.stamps import take
+from bridge.formats.disk.stamps import take_stamps
 from bridge.formats.safetensors.header import pickle_problem
 from bridge.formats.safetensors.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.graph import Form, State
@@ -27,31 +27,33 @@ MAX_CONFIG = 1 << 20
 
 
 def claims(location: Location) -> bool:
-    """Whether the path is a directory with an adapter's config or weights."""
+    """Whether the path is a directory with the config or the weights of an adapter."""
     return bool({FILE, CONFIG, PICKLE} & set(location.names()))
 
 
 def open_peft(location: Location) -> TorchSource:
-    """Open an adapter's directory; ``metadata["adapter_config.json"]`` is its config.
+    """Open the directory of an adapter; ``metadata["adapter_config.json"]`` is its config.
 
     Raises:
         SourceRefused: a file is missing or damaged, or the weights are pickled.
     """
     names = location.names()
     if location.local is None:
-        raise SourceRefused(Problem(f"{location}: adapters are read from local disk", "copy it here first"))
+        raise SourceRefused(
+            Problem(f"{location}: adapters can be read from local disk only", "download it first")
+        )
     if FILE not in names and PICKLE in names:
         raise SourceRefused(pickle_problem(str(location / PICKLE)))
     for name in (FILE, CONFIG):
         if name not in names:
-            raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again, whole"))
-    stamps = take([location.local / CONFIG])
+            raise SourceRefused(Problem(f"{location}: {name} is missing", "copy the adapter again"))
+    stamps = take_stamps([location.local / CONFIG])
     text = (location / CONFIG).read_bytes(MAX_CONFIG) or b""
     try:
         config = parse_object(text)
     except ValueError as error:
         raise SourceRefused(
-            Problem(f"{location / CONFIG} is damaged: {error}", "copy the adapter again, whole")
+            Problem(f"{location / CONFIG} is damaged: {error}", "copy the adapter again")
         ) from error
     source = source_of(location, location, [location.local / FILE], None)
     metadata = {**source.metadata, CONFIG: config}
@@ -61,7 +63,7 @@ def open_peft(location: Location) -> TorchSource:
 def create(
     directory: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], zeros: Collection[str]
 ) -> TorchSink:
-    """Lay out ``adapter_model.safetensors`` in a directory; the config is written as a file."""
+    """Lay out ``adapter_model.safetensors`` in a directory; the config is written separately."""
     return lay_out(directory / FILE, specs, metadata, zeros)
 
 
