@@ -2,8 +2,8 @@
 
     python examples/load_into_nnx.py CHECKPOINT
 
-With openpi the module is `config.model.create(jax.random.key(0))`. This script runs without openpi, so it makes
-a module with the checkpoint's own leaves, all zero.
+With openpi the module is `nnx.eval_shape(config.model.create, jax.random.key(0))`: no memory is taken before it
+is loaded. This script runs without openpi, so it makes a module of the checkpoint's own leaves.
 """
 
 import sys
@@ -23,7 +23,8 @@ def zeros(tree: dict) -> nnx.Dict:
     )
 
 
-model = zeros(bridge.load_jax(sys.argv[1]))
+params = bridge.load_jax(sys.argv[1])
+model = nnx.eval_shape(lambda: zeros(params))
 bridge.load_nnx(model, sys.argv[1])
 
 kernel, bias = model["action_in_proj"]["kernel"], model["action_in_proj"]["bias"]

@@ -132,7 +132,7 @@ def nested(leaves: dict[str, Any], dtype: Any = None) -> dict[str, Any]:
         if rest:
             groups.setdefault(first, {})[rest] = array
         else:
-            top[first] = nnx.Param(jnp.full(array.shape, 7, dtype or array.dtype))
+            top[first] = nnx.Param(np.full(array.shape, 7, dtype or array.dtype))
     return top | {name: nnx.Dict(nested(group, dtype)) for name, group in groups.items()}
 
 
