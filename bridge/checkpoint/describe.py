@@ -70,7 +70,7 @@ def describe(path: str | Path, format: str | None = None) -> Description:
         >>> from importlib.resources import files
         >>> description = bridge.describe(files("bridge.cli") / "sample/pi0_lora/checkpoint")
         >>> description.model, description.state, description.parameters
-        ('pi0', 'orbax[base+lora]', 482660)
+        ('pi0', 'orbax[base+lora]', 483094)
     """
     checkpoint = open_checkpoint(path, format)
     source = checkpoint.source
