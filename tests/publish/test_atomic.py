@@ -16,8 +16,9 @@ from bridge.errors import OutputRefused
 from bridge.publish import atomic as publish
 from bridge.publish import lock
 from bridge.publish import rename as renaming
+from bridge.publish.atomic import _prefix, lock_file, publishing, sweep
 from bridge.publish.lock import check_lock, locked
-from bridge.publish.record import RECORD, _prefix, lock_file, publishing, sweep
+from bridge.publish.record import RECORD
 from tests.kit import checkpoints
 
 
