@@ -95,7 +95,7 @@ def convert(src: str, dst: str, to: str, dry_run: bool, quiet: bool, as_json: bo
 
 
 def _result_lines(result: Result) -> list[str]:
-    from bridge.conversion.render import size
+    from bridge.display import size
 
     rate = size(result.bytes_per_second)
     lines = [

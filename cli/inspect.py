@@ -35,7 +35,7 @@ def inspect(path: str, from_: str | None, as_json: bool) -> None:
 
 
 def _print(description: Description) -> None:
-    from bridge.conversion.render import size
+    from bridge.display import size
 
     say(f"{click.style(description.path, bold=True)}")
     suffix = ", leaves end in 'value' (saved by training)" if description.value_suffix else ""

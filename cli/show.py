@@ -75,7 +75,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
 
 
 def _lines(label: str) -> Callable[[int, int], None]:
-    from bridge.conversion.render import size
+    from bridge.display import size
 
     began, tenth = time.perf_counter(), 0
 

@@ -8,20 +8,12 @@ from collections.abc import Iterator, Sequence
 from bridge.arrays import Spec
 from bridge.conversion.job import Job
 from bridge.conversion.options import compress_to
+from bridge.display import size
 from bridge.errors import printable
 from bridge.graph import Form, Loss
 from bridge.rules.names import grouped
 from bridge.stream.output import Output
 from bridge.stream.step import Step
-
-
-def size(count: float) -> str:
-    """Bytes, for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def plan_text(job: Job, width: int) -> str:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from bridge.conversion.render import size
+from bridge.display import size
 from bridge.errors import Problem
 from bridge.publish.atomic import lock_file, replaceable
 from bridge.publish.lock import check_lock
