@@ -43,7 +43,7 @@ def split(axes: FactorAxes, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.
     >>> from bridge.rules.factoring import last_two_axes
     >>> q = last_two_axes(Equation.parse("head width dim -> (head dim) width"))
     >>> a, b = split(q, np.ones((3, 5, 2)), np.ones((3, 2, 7)))  # 3 heads, width 5, head_dim 7, rank 2
-    >>> a.shape, b.shape, b[:7, :2].all(), b[:7, 2:].any()
+    >>> a.shape, b.shape, bool(b[:7, :2].all()), bool(b[:7, 2:].any())
     ((6, 5), (21, 6), True, False)
     """
     output, inputs = axes.equation.right

@@ -146,8 +146,8 @@ Axes = Callable[[Equation, tuple[str, ...]], FactorAxes]
 
 def last_two_axes(equation: Equation, stacked: tuple[str, ...] = ()) -> FactorAxes:
     """openpi's: the leaf's last two axes, inner and outer, are factored; both factors have the others."""
-    *shared, inner, outer = equation.left
-    return FactorAxes(equation, (*shared, inner, RANK), (*shared, RANK, outer))
+    left = equation.left
+    return FactorAxes(equation, (*left[:-1], RANK), (*left[:-2], RANK, *left[-1:]))
 
 
 def by_role(equation: Equation, stacked: tuple[str, ...] = ()) -> FactorAxes:

@@ -104,13 +104,15 @@ class Template:
 
 def _segment(part: str, template: Template) -> Segment:
     match = _PLACEHOLDER.fullmatch(part)
-    if match is None:
-        if "{" in part or "}" in part:
-            raise ValueError(f"name {template.text!r}: a placeholder must end its segment")
+    if match is None and not {"{", "}"} & set(part):
         return Segment(part)
+    dotted = template.separator == "."
+    if match is None or (match[1] and dotted):
+        rule = "be a whole segment" if dotted else "end its segment"
+        raise ValueError(
+            f"{'weight name' if dotted else 'path'} {template.text!r}: a placeholder must {rule}"
+        )
     text, axis, choices = match.groups()
-    if text and template.separator == ".":
-        raise ValueError(f"weight name {template.text!r}: a placeholder must be a whole segment")
     return Segment(text, axis, tuple(choices.split("|")) if choices else ())
 
 

@@ -46,9 +46,10 @@ class Rule:
     def __post_init__(self) -> None:
         placeholders, named = (*self.path.axes, *self.equation.placeholders), self.template.axes
         if len(set(named)) != len(named) or sorted(placeholders) != sorted(named):
+            need = "and the path need" if self.path.axes else "needs"
             raise ValueError(
                 f"rule for {self.leaf}: {self.weight!r} has placeholders {sorted(named)}, "
-                f"'{self.axes}' and the path need {sorted(placeholders)}"
+                f"'{self.axes}' {need} {sorted(placeholders)}"
             )
         if self.path.choices:
             raise ValueError(f"rule for {self.leaf}: a placeholder of a path is a number")

@@ -15,8 +15,7 @@ import torch
 
 import bridge
 from bridge.formats.safetensors.torch import TorchSink
-from bridge.lora.algebra import FactorAxes, factor_axes
-from bridge.rules.equation import Equation
+from bridge.rules.factoring import FactorAxes
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Array
 from tests.kit.golden import TOLERANCE, differing
@@ -59,41 +58,46 @@ def feed_forward_scaled(patch: pytest.MonkeyPatch) -> None:
 def in_scale(scale: Callable[[int, float], float]) -> Plant:
     """Another factor for the attention's product, from rank and alpha."""
     return lambda patch: patch.setattr(
-        "bridge.checkpoint.scales.scaling", lambda rank, alpha, *, rslora: scale(rank, alpha)
+        "bridge.lora.factors.scaling", lambda rank, alpha, *, rslora: scale(rank, alpha)
     )
 
 
-def in_delta(delta: Callable[[FactorAxes, Array, Array], Array]) -> Plant:
-    """Another product of the two factors."""
+def in_change(change: Callable[[Array, Array, tuple[int, ...]], Array]) -> Plant:
+    """Another product of the two factors of a weight, whose last axes are factored.
 
-    def split(equation: Equation, a: Array, b: Array) -> tuple[Array, Array]:
-        weight = equation.arrange(delta(factor_axes(equation), a, b))
+    Args:
+        change: from both factors, and the axes of the heads that openpi's two einsums contract.
+    """
+
+    def split(axes: FactorAxes, a: Array, b: Array) -> tuple[Array, Array]:
+        heads = tuple(map(axes.b.index, axes.summed))
+        weight = axes.equation.arrange(change(a, b, heads))
         return np.eye(weight.shape[1], dtype=weight.dtype), weight
 
-    return lambda patch: patch.setattr("bridge.stream.step.split", split)
+    return lambda patch: patch.setattr("bridge.lora.factors.split", split)
 
 
-def per_head(axes: FactorAxes, a: Array, b: Array) -> Array:
+def per_head(a: Array, b: Array, heads: tuple[int, ...]) -> Array:
     """Six of nine public merges: a[n] @ b[n] in `attn_vec_einsum`, head by head."""
     product: Array = np.matmul(a, b)
     return product
 
 
-def both_summed(axes: FactorAxes, a: Array, b: Array) -> Array:
+def both_summed(a: Array, b: Array, heads: tuple[int, ...]) -> Array:
     """Heads contracted in both factors before they are multiplied."""
-    if axes.summed:
-        a, b = (np.broadcast_to(f.sum(axes.summed, keepdims=True), f.shape) for f in (a, b))
-    return per_head(axes, a, b)
+    if heads:
+        a, b = (np.broadcast_to(f.sum(heads, keepdims=True), f.shape) for f in (a, b))
+    return per_head(a, b, heads)
 
 
-def dropped(axes: FactorAxes, a: Array, b: Array) -> Array:
+def dropped(a: Array, b: Array, heads: tuple[int, ...]) -> Array:
     """openpi's own script (#958): the factors are left out."""
     return np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
 
 
-def mean_over_heads(axes: FactorAxes, a: Array, b: Array) -> Array:
+def mean_over_heads(a: Array, b: Array, heads: tuple[int, ...]) -> Array:
     """Heads averaged, where openpi's second einsum sums them."""
-    return per_head(axes, a, b.mean(axes.summed, keepdims=True) if axes.summed else b)
+    return per_head(a, b.mean(heads, keepdims=True) if heads else b, heads)
 
 
 def transposed_squares(patch: pytest.MonkeyPatch) -> None:
@@ -110,10 +114,10 @@ def transposed_squares(patch: pytest.MonkeyPatch) -> None:
 # What a module computes.
 
 FUNCTIONS: dict[str, tuple[Plant, str]] = {
-    "attn_vec merged head by head": (in_delta(per_head), r"/attn_vec_einsum(_1)?/"),
-    "attn_vec, both factors summed": (in_delta(both_summed), r"/attn_vec_einsum(_1)?/"),
-    "attn_vec, mean for sum": (in_delta(mean_over_heads), r"/attn_vec_einsum(_1)?/"),
-    "factors left out": (in_delta(dropped), EVERYTHING),
+    "attn_vec merged head by head": (in_change(per_head), r"/attn_vec_einsum(_1)?/"),
+    "attn_vec, both factors summed": (in_change(both_summed), r"/attn_vec_einsum(_1)?/"),
+    "attn_vec, mean for sum": (in_change(mean_over_heads), r"/attn_vec_einsum(_1)?/"),
+    "factors left out": (in_change(dropped), EVERYTHING),
     "feed-forward scaled": (feed_forward_scaled, r"/mlp(_1)?/"),
     "attention scale forgotten": (in_scale(lambda rank, alpha: 1.0), ATTENTION),
     "scale by the root of the rank": (in_scale(lambda rank, alpha: alpha / rank**0.5), ATTENTION),

@@ -12,11 +12,11 @@ from bridge.rules.model import Model, Multiple, Part
 from bridge.rules.rule import Rule
 
 MODEL = Model(
-    "toy",
-    (Part("p", (Rule("k", "k", "a b -> b a"), Rule("m", "m", "c d -> d c"))),),
+    name="toy",
+    parts=(Part("p", (Rule("k", "k", "a b -> b a"), Rule("m", "m", "c d -> d c"))),),
     multiples=(Multiple("p.c", 3, "p.b"),),
 )
-PLAIN = Model("plain", (Part("p", (Rule("k", "k", "a b -> b a"),)),))
+PLAIN = Model(name="plain", parts=(Part("p", (Rule("k", "k", "a b -> b a"),)),))
 
 
 def test_agreement() -> None:
@@ -93,7 +93,7 @@ def test_a_product_that_does_not_divide_is_a_problem() -> None:
 def test_multiples(length: int, faulty: bool) -> None:
     problems = solve([Dimension(("p.b",), 7, "x"), Dimension(("p.c",), length, "y")], MODEL)[1]
     assert [problem.cause for problem in problems] == (
-        ["p.c is 20, and must be 3 x p.b, which is 7"] if faulty else []
+        ["p.c is 20; expected 3 x p.b, which is 7"] if faulty else []
     )
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.compare import gaps
-from bridge.compare.gaps import Product, Values, gap, gap_after_cast, tiles
+from bridge.compare.gaps import Change, Values, gap, gap_after_cast, tiles
+from bridge.lora.factors import Matrices
 from bridge.rules.equation import Equation
-from bridge.stream.readers import Matrices
+from tests.kit.algebra import restore
 
 SHAPES = [(7,), (5, 3), (241, 479), (3, 61, 7), (2, 3, 5, 257), (61001,), (1, 997, 1), (0, 3)]
 
@@ -84,16 +85,24 @@ def test_products_are_read_by_tiles(axes: str, monkeypatch: pytest.MonkeyPatch) 
     rows, columns = equation.weight_shape(sizes)
     a, b = (random.standard_normal(shape, np.float32) for shape in ((3, columns), (rows, 3)))
     tensor = random.standard_normal((rows, columns), np.float32)
-    merged = equation.restore(tensor + np.float32(0.5) * (b @ a), sizes)
-    leaf = np.ascontiguousarray(equation.restore(tensor, sizes)).astype(BFLOAT16)
-    rounding = equation.restore(tensor, sizes) - leaf.astype(np.float32)
-    found = gap(Values(leaf, Product(equation, sizes, Matrices(a, b, 0.5))), Values(merged))
+    # in the memory order of a tensor, so that the two sides lie differently
+    merged = in_order_of(equation, restore(equation, tensor + np.float32(0.5) * (b @ a), sizes))
+    leaf = restore(equation, tensor, sizes).astype(BFLOAT16)
+    rounding = restore(equation, tensor, sizes) - leaf.astype(np.float32)
+    change = Change(equation, Matrices(a, b, 0.5).spread(equation, sizes))
+    found = gap(Values(leaf, change), Values(merged))
     np.testing.assert_allclose(found.largest, np.abs(rounding).max(), rtol=1e-4)
     np.testing.assert_allclose(found.total, np.abs(rounding).sum(), rtol=1e-4)
     np.testing.assert_allclose(found.squares, np.square(rounding).sum(), rtol=1e-4)
     expected = merged - rounding
     np.testing.assert_allclose(found.norm, np.square(expected).sum(), rtol=1e-5)
     np.testing.assert_allclose(found.reach, np.abs(expected).max(), rtol=1e-5)
+
+
+def in_order_of(equation: Equation, part: np.ndarray) -> np.ndarray:
+    """The same array, its axes in memory as the weight has them."""
+    order = [equation.left.index(axis) for axis in equation.weight_axes]
+    return np.ascontiguousarray(part.transpose(order)).transpose(np.argsort(order))
 
 
 def test_numbers_beyond_float32_squares() -> None:

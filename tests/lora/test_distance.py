@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.lora.algebra import delta, factor_axes, split
+from bridge.lora.algebra import split
 from bridge.lora.distance import distance, module_error, product_norm
+from bridge.lora.factors import Factors
 from bridge.proof.peft import TOLERANCE
 from bridge.rules.equation import Equation
+from bridge.rules.factoring import last_two_axes
+from tests.kit.algebra import openpi_change
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -152,12 +155,13 @@ def test_module_error_is_that_of_the_change(name: str, rank: int) -> None:
     lora_a = random.standard_normal((*shared, inner, rank))
     lora_b = random.standard_normal((*shared, rank, outer))
     scale = 1.75
-    expected = scale * equation.arrange(delta(factor_axes(equation), lora_a, lora_b))
-    matrix_a, matrix_b = split(equation, lora_a, lora_b)
+    expected = scale * equation.arrange(openpi_change(equation, lora_a, lora_b))
+    axes = last_two_axes(equation)
+    matrix_a, matrix_b = split(axes, lora_a, lora_b)
     matrix_b = scale * matrix_b
     for noise in (0.0, 1e-9, 1e-6, 1e-2, 1.0):
         wrong_b = matrix_b + noise * random.standard_normal(matrix_b.shape)
-        found = module_error(equation, tensor(matrix_a), tensor(wrong_b), lora_a, lora_b, scale)
+        found = module_error(tensor(matrix_a), tensor(wrong_b), Factors(axes, lora_a, lora_b, scale))
         dense = np.linalg.norm(wrong_b @ matrix_a - expected) / np.linalg.norm(expected)
         assert found == pytest.approx(dense, rel=1e-5, abs=1e-14)
         assert (found < 1e-14) == (noise == 0)
@@ -165,11 +169,9 @@ def test_module_error_is_that_of_the_change(name: str, rank: int) -> None:
 
 def test_error_of_a_module_without_factors_is_what_peft_adds() -> None:
     """Where openpi's product is zero there is nothing to be relative to."""
-    equation = Equation.parse("width hidden -> hidden width")
-    lora_a, lora_b = np.ones((3, 2)), np.zeros((2, 5))
+    axes = last_two_axes(Equation.parse("width hidden -> hidden width"))
+    factors = Factors(axes, np.ones((3, 2)), np.zeros((2, 5)), 1.0)
     a, b = np.ones((2, 3)), np.zeros((5, 2))
-    assert module_error(equation, tensor(a), tensor(b), lora_a, lora_b, 1.0) == 0
+    assert module_error(tensor(a), tensor(b), factors) == 0
     b[4, 1] = 1e-3
-    assert module_error(equation, tensor(a), tensor(b), lora_a, lora_b, 1.0) == pytest.approx(
-        1e-3 * math.sqrt(3)
-    )
+    assert module_error(tensor(a), tensor(b), factors) == pytest.approx(1e-3 * math.sqrt(3))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.rules.equation import UNIT, Equation
+from tests.kit.algebra import restore
 
 PRIMES = (2, 3, 5, 7)
 
@@ -64,7 +65,7 @@ def expected_element(case: Case, at: dict[str, int]) -> tuple[tuple[int, ...], t
 @given(cases())
 def test_every_element_goes_where_the_equation_says(case: Case) -> None:
     equation, leaf = case.equation, case.leaf
-    weights = {index: equation.arrange(one) for index, one in equation.slices(leaf)}
+    weights = {index: equation.arrange(part) for index, part in equation.slices(leaf)}
     axes = [axis for axis in equation.left if axis != UNIT]
     for position in itertools.product(*(range(case.sizes[axis]) for axis in axes)):
         at = dict(zip(axes, position, strict=True))
@@ -83,21 +84,21 @@ def test_agrees_with_einsum(case: Case) -> None:
     flat = np.einsum(f"{named}->{moved}", leaf.reshape([n for n in leaf.shape if n != 1]))
     shape = [case.sizes[axis] for axis in equation.placeholders] + list(equation.weight_shape(case.sizes))
     expected = flat.reshape(shape)
-    for index, one in equation.slices(leaf):
-        np.testing.assert_array_equal(equation.arrange(one), expected[index])
+    for index, part in equation.slices(leaf):
+        np.testing.assert_array_equal(equation.arrange(part), expected[index])
 
 
 @given(cases())
-def test_restore_undoes_arrange(case: Case) -> None:
+def test_arrange_loses_nothing(case: Case) -> None:
     equation, leaf = case.equation, case.leaf
     again = np.full_like(leaf, -1)
     views = dict(equation.slices(again))
     assert len(views) == math.prod(case.sizes[axis] for axis in equation.placeholders)
-    for index, one in equation.slices(leaf):
-        weight = equation.arrange(one)
+    for index, part in equation.slices(leaf):
+        weight = equation.arrange(part)
         assert weight.shape == equation.weight_shape(case.sizes)
-        back = equation.restore(weight, case.sizes)
-        np.testing.assert_array_equal(back, one)
+        back = restore(equation, weight, case.sizes)
+        np.testing.assert_array_equal(back, part)
         views[index][...] = back  # slices are views: writing them fills the leaf
     np.testing.assert_array_equal(again, leaf)
 
@@ -108,12 +109,12 @@ def test_text_reads_back(case: Case) -> None:
 
 
 @given(cases())
-def test_one_is_the_equation_of_a_slice(case: Case) -> None:
-    one = case.equation.of_weight
-    assert one.placeholders == () and UNIT not in one.left
-    assert one.right == case.equation.right
+def test_of_weight_is_the_equation_of_a_slice(case: Case) -> None:
+    of_weight = case.equation.of_weight
+    assert of_weight.placeholders == () and UNIT not in of_weight.left
+    assert of_weight.right == case.equation.right
     for _, view in case.equation.slices(case.leaf):
-        assert view.shape == one.leaf_shape(case.sizes)
+        assert view.shape == of_weight.leaf_shape(case.sizes)
 
 
 @given(cases(), st.integers(1, 3))
@@ -121,10 +122,10 @@ def test_blocks_of_a_streaming_equation_are_whole_parts_of_weights(case: Case, s
     equation, leaf = case.equation, case.leaf
     if not equation.streams:
         return
-    whole = {index: equation.arrange(one) for index, one in equation.slices(leaf)}
+    whole = {index: equation.arrange(part) for index, part in equation.slices(leaf)}
     for first in range(0, len(leaf), step):
-        for index, one in equation.slices(leaf[first : first + step]):
-            part = equation.arrange(one)
+        for index, block in equation.slices(leaf[first : first + step]):
+            part = equation.arrange(block)
             if equation.placeholders:
                 np.testing.assert_array_equal(part, whole[(index[0] + first, *index[1:])])
             else:
@@ -145,7 +146,7 @@ def test_slices_are_in_the_order_of_the_leaf_and_copy_nothing() -> None:
     leaf = np.zeros((2, 3, 5))
     slices = list(Equation.parse("layer out kv -> out").slices(leaf))
     assert [index for index, _ in slices] == list(np.ndindex(2, 5))
-    assert all(np.shares_memory(one, leaf) for _, one in slices)
+    assert all(np.shares_memory(part, leaf) for _, part in slices)
 
 
 @pytest.mark.parametrize(

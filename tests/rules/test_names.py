@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.rules.names import Template, grouped, skeleton
+from bridge.rules.names import NameIndex, Template, grouped, skeleton
 
 SEGMENTS = st.one_of(
     st.sampled_from(["layers", "w", "mlp", "up_proj", "{0..3}", "{1,3}", "{", "a{0}b", "007", "1a"]),
@@ -29,27 +29,46 @@ def test_a_name_without_placeholders_is_itself() -> None:
 
 
 @given(st.integers(0, 999), st.integers(0, 1), st.integers(0, 999))
-def test_skeletons_read_names_back(layer: int, word: int, block: int) -> None:
+def test_an_index_reads_names_back(layer: int, word: int, block: int) -> None:
     template = Template("a.{layer}.{kv:k|v}.{block}.w")
-    name = template.format({"layer": layer, "kv": word, "block": block})
-    key, numbers = skeleton(name)
-    chosen = dict(template.skeletons())[key]
-    assert {**chosen, **dict(zip(template.numbered, numbers, strict=True))} == {
-        "layer": layer,
-        "kv": word,
-        "block": block,
-    }
+    at = {"layer": layer, "kv": word, "block": block}
+    assert NameIndex({template: "w"}).find(template.format(at)) == ("w", at)
 
 
-def test_skeletons_are_one_per_pick() -> None:
+@given(st.integers(0, 999), st.integers(0, 999))
+def test_an_index_reads_paths_back(layer: int, block: int) -> None:
+    template = Template("layer_{layer}/{block}/q_einsum/w", "/")
+    at = {"layer": layer, "block": block}
+    assert NameIndex({template: "w"}, "/").find(template.format(at)) == ("w", at)
+
+
+@pytest.mark.parametrize("name", ["a.007.w", "a.x.w", "a.1", "a.1.w.2", "a..w", "", "b.1.w", "a.1_000.w"])
+def test_an_index_knows_no_other_names(name: str) -> None:
+    assert NameIndex({Template("a.{layer}.w"): "w"}).find(name) is None
+
+
+def test_of_two_templates_the_more_literal_names_a_weight() -> None:
+    index = NameIndex({Template("a.{layer}.w"): "any", Template("a.0.w"): "the first"})
+    assert index.find("a.0.w") == ("the first", {}) and index.find("a.1.w") == ("any", {"layer": 1})
+
+
+def test_forms_are_one_per_pick() -> None:
     template = Template("{a:x|y}.{b:p|q|r}.{n}")
-    assert len(dict(template.skeletons())) == 6
+    assert len({form for form, _ in template.forms()}) == 6
 
 
 @pytest.mark.parametrize("text", ["layer{n}.w", "a.{n}w", "a.{n", "a.n}", "a.{}", "a.{n:}", "a.{n.m}"])
 def test_a_placeholder_is_a_whole_segment(text: str) -> None:
-    with pytest.raises(ValueError, match="whole segment"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"weight name {text!r}: a placeholder must be a whole segment")
+    ):
         _ = Template(text).segments
+
+
+@pytest.mark.parametrize("text", ["a/{n}w", "a/{n", "a/n}", "a/{}", "a/{n:}", "a/{n.m}", "a/{n}{m}"])
+def test_a_placeholder_of_a_path_ends_its_segment(text: str) -> None:
+    with pytest.raises(ValueError, match="a placeholder must end its segment"):
+        _ = Template(text, "/").segments
 
 
 @pytest.mark.parametrize(

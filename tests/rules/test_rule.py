@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
+from bridge.rules.factoring import Factoring
 from bridge.rules.family import families
 from bridge.rules.model import Model, Multiple, Part, Unused
-from bridge.rules.rule import Factors, Rule
+from bridge.rules.rule import Rule
 
-LORA = Factors("/w", "/lora_a", "/lora_b", "rank", scaled=True)
-FEED_FORWARD = Factors("", "_lora_a", "_lora_b", "ffn_rank", scaled=False)
+LORA = Factoring(leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
+FEED_FORWARD = Factoring(leaf="", a="_lora_a", b="_lora_b", rank="ffn_rank", scaled=False)
 Q = Rule("attn/q/w", "layers.{layer}.q.weight", "layer head in dim -> (head dim) in", LORA)
 
 
@@ -22,6 +23,9 @@ Q = Rule("attn/q/w", "layers.{layer}.q.weight", "layer head in dim -> (head dim)
         ("a", "a.{layer}.{layer}", "layer x -> x", None, "has placeholders"),
         ("a", "a.{layer}.w", "block x -> x", None, "needs \\['block'\\]"),
         ("a", "a{layer}.w", "layer x -> x", None, "whole segment"),
+        ("a_{layer}", "a", "x -> x", None, "'x -> x' and the path need \\['layer'\\]"),
+        ("a_{kv:k|v}", "a.{kv}", "x -> x", None, "a placeholder of a path is a number"),
+        ("a_{layer}", "a.{layer}.{layer}", "layer x -> x", None, "has placeholders"),
         ("a", "a", "x y -> y y", None, "twice"),
         ("a", "a", "x y", None, "expected one '->'"),
         ("q/kernel", "q", "in out -> out in", LORA, "factors replace '/w'"),
@@ -30,7 +34,7 @@ Q = Rule("attn/q/w", "layers.{layer}.q.weight", "layer head in dim -> (head dim)
         ("q/w", "q", "x -> x", LORA, "matrices"),
     ],
 )
-def test_rules_refused(leaf: str, weight: str, axes: str, lora: Factors | None, cause: str) -> None:
+def test_rules_refused(leaf: str, weight: str, axes: str, lora: Factoring | None, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
         Rule(leaf, weight, axes, lora)
 
@@ -64,17 +68,17 @@ def test_factor_leaves() -> None:
 )
 def test_models_refused(fields: dict[str, Any], cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
-        Model("m", **fields)
+        Model(name="m", **fields)
 
 
 def test_a_leaf_cannot_be_another_rules_factor() -> None:
     with pytest.raises(ValueError, match="leaf declared twice"):
-        Model("m", (Part("p", (Q, Rule("attn/q/lora_a", "x", "in out -> out in"))),))
+        Model(name="m", parts=(Part("p", (Q, Rule("attn/q/lora_a", "x", "in out -> out in"))),))
 
 
 def test_every_installed_rule_can_be_pickled_and_used_after() -> None:
-    for adapter in families():
-        for model in adapter.models:
+    for family in families():
+        for model in family.models:
             for rule in model.rules:
                 _ = rule.equation, rule.template, rule.factor_leaves
                 again = pickle.loads(pickle.dumps(rule))
@@ -82,8 +86,8 @@ def test_every_installed_rule_can_be_pickled_and_used_after() -> None:
 
 
 def test_no_two_rules_of_a_model_write_one_name() -> None:
-    for adapter in families():
-        for model in adapter.models:
+    for family in families():
+        for model in family.models:
             for layout in model.layouts:
                 forms = [
                     tuple(
@@ -92,6 +96,6 @@ def test_no_two_rules_of_a_model_write_one_name() -> None:
                         )
                     )
                     for rule in model.rules
-                    for _, chosen in rule.template.skeletons()
+                    for _, chosen in rule.template.forms()
                 ]
                 assert len(set(forms)) == len(forms)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, box
+from bridge.lora.factors import Spread
 from bridge.stream import tiles
 from bridge.stream.tiles import NonFinite, Product, Workspace, place
 
@@ -33,8 +34,8 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int], list[int]]:
 def test_moves_and_casts_as_numpy_does(
     layout: tuple[tuple[int, ...], list[int], list[int]], source: np.dtype, target: np.dtype, edge: int
 ) -> None:
-    shape, to, whence = layout
-    src = arranged(shape, whence, source)
+    shape, to, origin = layout
+    src = arranged(shape, origin, source)
     dst = arranged(shape, to, target, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", edge * edge)
@@ -57,21 +58,19 @@ def test_adds_a_product_to_any_box(output: list[int], inputs: list[int], data: s
     axes = list(range(len(shape)))
     rng = np.random.default_rng(3)
     rank = data.draw(st.integers(1, 4))
-    a = rng.standard_normal((rank, int(np.prod(inputs)))).astype(np.float32)
-    b = rng.standard_normal((int(np.prod(output)), rank)).astype(np.float32)
+    a = rng.standard_normal((rank, *inputs)).astype(np.float32)
+    b = rng.standard_normal((*output, rank)).astype(np.float32)
     src = arranged(shape, data.draw(st.permutations(axes)), data.draw(st.sampled_from(DTYPES)))
     dst = arranged(shape, data.draw(st.permutations(axes)), FLOAT32, seed=1)
-    expected = src.astype(np.float32) + (np.float32(0.5) * (b @ a)).reshape(shape)
-    steps = [tuple(int(np.prod(group[i + 1 :])) for i in range(len(group))) for group in (output, inputs)]
-    out_steps = steps[0] + (0,) * len(inputs)
-    in_steps = (0,) * len(output) + steps[1]
+    change = b.reshape(-1, rank) @ a.reshape(rank, -1)
+    expected = src.astype(np.float32) + (np.float32(0.5) * change).reshape(shape)
     at = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     part = tuple(data.draw(st.integers(1, n - begin)) for begin, n in zip(at, shape, strict=True))
     before = dst.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", data.draw(st.integers(1, 9)))
         patch.setattr(tiles, "_WIDTH", data.draw(st.integers(1, 4)))
-        product = Product(a, b, 0.5, out_steps, in_steps, at, shape)
+        product = Product(Spread(a, b, 0.5), at, shape)
         place(dst[box(at, part)], src[box(at, part)], product, Workspace(), NonFinite())
     before[box(at, part)] = expected[box(at, part)]
     np.testing.assert_allclose(dst, before, rtol=1e-5, atol=1e-5)
