@@ -77,3 +77,9 @@ def understand(source: Source) -> Checkpoint:
 def open_checkpoint(path: str | Path | Location, format: str | None = None) -> Checkpoint:
     """Open a path and work out which model it contains. Raises Refusal."""
     return understand(open_source(path, format))
+
+
+def adapter_of(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """An adapter as one of its base's model, where several models have the paths of its modules."""
+    known = adapter.model.name == base.model.name
+    return adapter if known else understand_adapter(adapter.source, base.model.name)

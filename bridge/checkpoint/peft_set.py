@@ -17,6 +17,7 @@ from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
 from bridge.peft.patterns import SECONDS
+from bridge.publish.record import read_record
 from bridge.rules.family import Family, families
 from bridge.rules.model import Layout, Model
 from bridge.rules.names import grouped
@@ -24,27 +25,35 @@ from bridge.rules.names import grouped
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
 
 
-def understand_adapter(source: Source) -> AdapterCheckpoint:
-    """Work out which weights an adapter belongs to: those of the first model that has all its modules.
+def understand_adapter(source: Source, expected: str | None = None) -> AdapterCheckpoint:
+    """Work out which weights an adapter belongs to: those of the model that has most of its modules.
+
+    Args:
+        source: the adapter.
+        expected: name of the model to choose among several that have as many of its modules, which paths
+            alone do not tell apart: the base's; by default the one in its ``bridge.json``, or the first.
 
     Raises:
         CheckpointRefused: its modules are of no supported model.
     """
     names = {name: _weight_of(name) for name in source.specs}
-    best: tuple[int, Family, Model, Layout, dict[str, Place]] | None = None
+    expected = expected or read_record(source.root).get("model")
+    rank = (0, False)
+    best: tuple[Family, Model, Layout, dict[str, Place]] | None = None
     for family in families():
         for known in family.models:
             for layout in known.layouts:
                 places = place_weights(known, layout, set(names.values()))
-                if best is None or len(places) > best[0]:
-                    best = (len(places), family, known, layout, places)
+                if places and (len(places), known.name == expected) > rank:
+                    rank = (len(places), known.name == expected)
+                    best = (family, known, layout, places)
     where = str(source.location)
     config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
-    if best is None or best[0] == 0:
+    if best is None:
         # another method has other names: that it is another is what must be said
         refuse_if(problems, CheckpointRefused)
         raise unknown(source, names)
-    _, family, model, layout, places = best
+    family, model, layout, places = best
     problems += _strays(where, names, places, model)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}

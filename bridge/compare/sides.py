@@ -19,7 +19,7 @@ import numpy as np
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.inputs import Inputs, shape_problems
-from bridge.checkpoint.open import open_checkpoint
+from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.checkpoint.scales import scales
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
 from bridge.graph import Form
@@ -107,7 +107,6 @@ def open_side(
         Refusal: with every problem.
     """
     checkpoint = open_checkpoint(path)
-    problems = list(checkpoint.problems)
     if checkpoint.state.form is Form.ADAPTER:
         if base is None:
             raise RouteRefused(
@@ -117,13 +116,13 @@ def open_side(
                 )
             )
         weights = open_checkpoint(base)
-        inputs = Inputs(checkpoint, weights)
-        problems += weights.problems
+        inputs = Inputs(adapter_of(weights, checkpoint), weights)
+        problems = [*inputs.source.problems, *weights.problems]
         if not problems:
             problems += shape_problems(inputs)
         refuse_if(problems, CheckpointRefused)
         return Side(inputs, {})
-    refuse_if(problems, CheckpointRefused)
+    refuse_if(checkpoint.problems, CheckpointRefused)
     if not checkpoint.has_lora or not needs_scale:
         return Side(Inputs(checkpoint), {} if needs_scale else None)
     known, problems = scales(checkpoint, lora_alpha, rslora)

@@ -11,7 +11,7 @@ from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.checkpoint.assets import Assets, read_assets
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
-from bridge.checkpoint.open import open_checkpoint
+from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.compare.base import misfits
 from bridge.conversion.converters import Edge, converters, no_scales
 from bridge.conversion.job import Job
@@ -94,14 +94,17 @@ def plan(
     base = options["base"]
     destination = None if dst is None else Path(dst).expanduser().absolute()
     checkpoint = open_checkpoint(src, options["from_"])
-    problems = list(checkpoint.problems)
+    problems: list[Problem] = []
     if destination is not None:
         problems += check_destination(
             destination, checkpoint.source.root.local, overwrite=options["overwrite"]
         )
-    way = _route(checkpoint, to, options["fold"], base is not None, problems)
+    way = _route(checkpoint, to, options["fold"], base is not None, [*checkpoint.problems, *problems])
     target = way[-1].target
     reference = None if base is None else _base(base, checkpoint, target)
+    if reference is not None and checkpoint.state.form is Form.ADAPTER:
+        checkpoint = adapter_of(reference, checkpoint)
+    problems = [*checkpoint.problems, *problems]
     inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
     family = inputs.weights.family
     if reference is not None:
