@@ -438,7 +438,7 @@ def _output() -> Path:
 def _record_seeds() -> list[bytes]:
     import xxhash
 
-    from bridge.publish.record import _self_sum
+    from bridge.publish.record import self_checksum
 
     ones = xxhash.xxh3_128(np.ones(3, np.float32).tobytes()).hexdigest()
     record: dict[str, Any] = {
@@ -449,7 +449,7 @@ def _record_seeds() -> list[bytes]:
         "sizes": {"paligemma.width": 3},
     }
     signed = [record, {**record, "files": {"../../x": "0"}}, {**record, "outputs": ["."]}]
-    return [json.dumps({**each, "record": _self_sum(each)}).encode() for each in signed]
+    return [json.dumps({**each, "record": self_checksum(each)}).encode() for each in signed]
 
 
 def _config(data: bytes, scratch: Path) -> None:

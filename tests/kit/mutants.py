@@ -16,7 +16,7 @@ def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
     """A mistake in the tables of rules."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        def altered(adapter: bridge.Adapter) -> bridge.Adapter:
+        def altered(family: bridge.Family) -> bridge.Family:
             models = tuple(
                 dataclasses.replace(
                     model,
@@ -25,14 +25,15 @@ def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
                         for part in model.parts
                     ),
                 )
-                for model in adapter.models
+                for model in family.models
             )
-            return dataclasses.replace(adapter, models=models)
+            return dataclasses.replace(family, models=models)
 
         known = families()
         mutants = tuple(map(altered, known))
         assert mutants != known, "nothing was planted"
-        patch.setattr("bridge.checkpoint.match.adapters", lambda: mutants)
+        for reader in ("match", "peft_set"):
+            patch.setattr(f"bridge.checkpoint.{reader}.families", lambda: mutants)
 
     return plant
 
