@@ -5,15 +5,36 @@ import re
 
 import pytest
 
-from bridge.converters import CONVERTERS, ORBAX_BASE, ORBAX_LORA, TARGETS, TORCH_MERGED
+from bridge.conversion.converters import converters, targets
 from bridge.errors import RouteRefused
-from bridge.graph import Converter, Loss, State, mermaid, route
+from bridge.formats.contract import states
+from bridge.graph import Converter, Form, Loss, State, mermaid, route
 
-A, B, C, D, E = (State(name, "all", name) for name in "abcde")
+CONVERTERS = converters()
+ORBAX_BASE, ORBAX_LORA = (
+    next(state for state in states() if (state.name, state.contents) == ("orbax", contents))
+    for contents in ("base", "base+lora")
+)
+TORCH_MERGED = next(state for state in states() if state.name == "torch-merged")
+
+
+def state(name: str, contents: str = "all") -> State:
+    return State(name=name, contents=contents, format=name, form=Form.STATE_DICT)
+
+
+A, B, C, D, E = (state(name) for name in "abcde")
 
 
 def edge(source: State, target: State, loss: Loss = Loss.EXACT, name: str = "", **more: object) -> Converter:
-    return Converter(name or f"{source.name}{target.name}", source, target, loss, "", **more)  # type: ignore[arg-type]
+    return Converter(
+        name=name or f"{source.name}{target.name}",
+        source=source,
+        target=target,
+        loss=loss,
+        summary="",
+        build=lambda request: None,
+        **more,  # type: ignore[arg-type]
+    )
 
 
 def names(edges: list[Converter], source: State, target: str, given: tuple[str, ...] = ()) -> list[str]:
@@ -21,17 +42,17 @@ def names(edges: list[Converter], source: State, target: str, given: tuple[str, 
 
 
 def test_a_longer_route_that_loses_less_wins() -> None:
-    edges = [edge(A, D, Loss.ROUND), edge(A, B), edge(B, C, Loss.GAUGE), edge(C, D)]
+    edges = [edge(A, D, Loss.ROUNDED), edge(A, B), edge(B, C, Loss.EQUIVALENT), edge(C, D)]
     assert names(edges, A, "d") == ["ab", "bc", "cd"]
 
 
 def test_the_worst_edge_counts_and_not_the_sum() -> None:
-    edges = [edge(A, D, Loss.ROUND), *(edge(*p, Loss.GAUGE) for p in ((A, B), (B, C), (C, D)))]
+    edges = [edge(A, D, Loss.ROUNDED), *(edge(*p, Loss.EQUIVALENT) for p in ((A, B), (B, C), (C, D)))]
     assert names(edges, A, "d") == ["ab", "bc", "cd"]
 
 
 def test_fewest_hops_among_equal_losses() -> None:
-    edges = [edge(A, B), edge(B, D, Loss.DROP), edge(A, D, Loss.DROP)]
+    edges = [edge(A, B), edge(B, D, Loss.LOSSY), edge(A, D, Loss.LOSSY)]
     assert names(edges, A, "d") == ["ad"]
 
 
@@ -47,7 +68,7 @@ def test_a_cycle_ends() -> None:
 
 
 def test_states_of_one_name_are_different_nodes() -> None:
-    base, lora = State("orbax", "base", "orbax"), State("orbax", "base+lora", "orbax")
+    base, lora = state("orbax", "base"), state("orbax", "base+lora")
     edges = [edge(base, B), edge(lora, C)]
     assert names(edges, base, "b") == ["orbaxb"]
     with pytest.raises(RouteRefused, match=re.escape("no route from orbax[base+lora] to b")):
@@ -55,8 +76,8 @@ def test_states_of_one_name_are_different_nodes() -> None:
 
 
 def test_what_is_needed_is_the_answer() -> None:
-    peft = State("peft-adapter", "lora", "peft")
-    edges = [edge(peft, TORCH_MERGED, Loss.DROP, "merge", needs=frozenset({"base"}))]
+    peft = state("peft-adapter", "lora")
+    edges = [edge(peft, TORCH_MERGED, Loss.LOSSY, "merge", needs=frozenset({"base"}))]
     with pytest.raises(RouteRefused) as refused:
         route(edges, peft, "torch-merged")
     (problem,) = refused.value.problems
@@ -66,7 +87,7 @@ def test_what_is_needed_is_the_answer() -> None:
 
 
 def test_a_route_without_the_need_is_taken_when_it_is_not_given() -> None:
-    edges = [edge(A, B, needs=frozenset({"base"})), edge(A, C, Loss.DROP), edge(C, B)]
+    edges = [edge(A, B, needs=frozenset({"base"})), edge(A, C, Loss.LOSSY), edge(C, B)]
     assert names(edges, A, "b") == ["ac", "cb"]
     assert names(edges, A, "b", ("base",)) == ["ab"]
 
@@ -80,7 +101,7 @@ def test_a_last_edge_is_never_interior() -> None:
 
 
 def test_a_last_edge_does_not_hide_another_way_through_its_target() -> None:
-    edges = [edge(A, B, last=True), edge(A, C, Loss.DROP), edge(C, B), edge(B, D)]
+    edges = [edge(A, B, last=True), edge(A, C, Loss.LOSSY), edge(C, B), edge(B, D)]
     assert names(edges, A, "d") == ["ac", "cb", "bd"]
 
 
@@ -96,12 +117,12 @@ def test_a_checkpoint_with_lora_has_no_plain_export() -> None:
     assert out and all(converter.loss is not Loss.EXACT for converter in out)
     assert all(c.fold for c in out if c.target == TORCH_MERGED)
     # what leaves factors out is only taken when it is the thing asked for
-    assert all(c.fold or c.last or "lora" in c.target.holds for c in out)
+    assert all(c.fold or c.last or "lora" in c.target.contents for c in out)
     assert [c.name for c in route(CONVERTERS, ORBAX_LORA, "torch-merged")] == ["fold"]
     assert [c.name for c in route(CONVERTERS, ORBAX_BASE, "torch-merged")] == ["export"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 @pytest.mark.parametrize("source", [ORBAX_BASE, ORBAX_LORA])
 def test_every_pair_has_a_route_or_an_answer(source: State, target: str) -> None:
     try:
@@ -114,13 +135,15 @@ def test_every_pair_has_a_route_or_an_answer(source: State, target: str) -> None
 
 
 def test_mermaid() -> None:
-    text = mermaid([edge(ORBAX_LORA, A, Loss.GAUGE, "join", needs=frozenset({"base"})), edge(A, ORBAX_BASE)])
+    text = mermaid(
+        [edge(ORBAX_LORA, A, Loss.EQUIVALENT, "join", needs=frozenset({"base"})), edge(A, ORBAX_BASE)]
+    )
     assert text.splitlines() == [
         "flowchart LR",
         '    orbax_base_lora["orbax[base+lora]"]',
         '    a_all["a[all]"]',
         '    orbax_base["orbax[base]"]',
-        '    orbax_base_lora -- "join + base: gauge" --> a_all',
+        '    orbax_base_lora -- "join + base: equivalent" --> a_all',
         '    a_all -- "aorbax: exact" --> orbax_base',
     ]
 

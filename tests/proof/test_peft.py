@@ -19,8 +19,9 @@ import safetensors.torch
 import torch
 
 import bridge
-from bridge.errors import ProofFailed
-from bridge.proof.peft import TOLERANCE, prove_adapter
+from bridge.conversion import to_adapter
+from bridge.errors import MAX_PROBLEMS, ProofFailed
+from bridge.proof.peft import TOLERANCE, Proof, prove_adapter
 from bridge.stream import writers
 from tests.kit import checkpoints, golden
 from tests.kit.golden import State
@@ -354,9 +355,13 @@ CORRUPTIONS: dict[str, Callable[[Files], object]] = {
 }
 
 
+def prove(directory: Path, plan: bridge.Plan) -> Proof:
+    return prove_adapter(directory, plan.output, plan.inputs, plan.workers)
+
+
 def rejected(directory: Path, plan: bridge.Plan) -> ProofFailed:
     with pytest.raises(ProofFailed) as failed:
-        prove_adapter(directory, plan)
+        prove(directory, plan)
     *named, last = failed.value.problems
     for problem in named if "more problems" in last.cause else failed.value.problems:
         assert str(directory) in problem.cause and "\n" not in problem.cause and problem.fix
@@ -430,7 +435,7 @@ def test_the_limit_is_where_it_says(deep: Written, ending: str, tmp_path: Path) 
         )
     assert count(said, ": the product of the factors of ") == len(EVERY)
     plan = planned_so(deep, off_by(EVERY, ending, 0.9 * limit), tmp_path / "b")
-    errors = prove_adapter(tmp_path / "b", plan).errors
+    errors = prove(tmp_path / "b", plan).errors
     for module in EVERY:
         assert errors[module.removeprefix(PREFIX)] == pytest.approx(0.9 * limit, rel=0.05)
     assert sum(error > 0.5 * limit for error in errors.values()) == len(EVERY)
@@ -522,7 +527,7 @@ def test_a_change_is_compared_in_any_tiles(
 ) -> None:
     """Every row once: one that is wrong is seen, and the layer is as it was afterwards."""
     monkeypatch.setattr("bridge.proof.peft.TILE", tile)
-    prove_adapter(folded.directory, folded.plan)
+    prove(folded.directory, folded.plan)
     get_delta_weight, rows = peft.tuners.lora.layer.Linear.get_delta_weight, iter(range(10**6))
 
     def faulty(self: Any, adapter: str) -> torch.Tensor:
@@ -580,7 +585,7 @@ def test_proof_rejects_damage(folded: Written, name: str, tmp_path: Path) -> Non
 
 def test_proof_accepts_the_adapter_itself(folded: Written, kept: Written, record_property: Any) -> None:
     for written in (folded, kept):
-        proof = prove_adapter(written.directory, written.plan)
+        proof = prove(written.directory, written.plan)
         assert len(proof.errors) == len(proof.outputs) == 2 * 2 * 7
         record_property("error of the worst module, by the proof", proof.largest)
         print(f"{len(proof.errors)} modules, worst {proof.largest:.2g}")
@@ -592,7 +597,7 @@ def test_proof_accepts_what_safetensors_writes(folded: Written, tmp_path: Path) 
     """The same tensors by another writer, its header in another order."""
     shutil.copytree(folded.directory, tmp_path / "adapter")
     folded.files().write(tmp_path / "adapter")
-    prove_adapter(tmp_path / "adapter", folded.plan)
+    prove(tmp_path / "adapter", folded.plan)
 
 
 def test_proof_says_everything_at_once(folded: Written, tmp_path: Path) -> None:
@@ -610,23 +615,23 @@ def test_proof_says_everything_at_once(folded: Written, tmp_path: Path) -> None:
 # Faults of the writer itself: nothing is published.
 
 
-def wrong_fold(self: writers.AdapterWriter, rule: Any, index: Any, factors: Any) -> Any:
-    a, b = MATRICES(self, rule, index, factors)
-    return a, b * b.dtype.type(factors.scale)
+def wrong_fold(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+    a, b = MATRICES(self, index, change)
+    return a, b * b.dtype.type(change.scale)
 
 
-def wrong_heads(self: writers.AdapterWriter, rule: Any, index: Any, factors: Any) -> Any:
-    a, b = MATRICES(self, rule, index, factors)
-    return (a, b[::-1].copy()) if rule.factor_axes.summed else (a, b)
+def wrong_heads(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+    a, b = MATRICES(self, index, change)
+    return (a, b[::-1].copy()) if change.axes.summed else (a, b)
 
 
-def wrong_layer(self: writers.AdapterWriter, rule: Any, index: Any, factors: Any) -> Any:
-    a, b = MATRICES(self, rule, index, factors)
+def wrong_layer(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+    a, b = MATRICES(self, index, change)
     return (a, b) if index[0] == 0 else (np.zeros_like(a), b)
 
 
-def half_precision(self: writers.AdapterWriter, rule: Any, index: Any, factors: Any) -> Any:
-    a, b = MATRICES(self, rule, index, factors)
+def half_precision(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+    a, b = MATRICES(self, index, change)
     return a.astype(np.float16).astype(a.dtype), b
 
 
@@ -660,9 +665,7 @@ def test_a_fault_of_the_writer_publishes_nothing(
 
 def test_a_faulty_config_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alpha left at PEFT's own default."""
-    from bridge.conversion import outputs
-
-    compose = outputs.compose_config
+    compose = to_adapter.compose_config
 
     def faulty(*args: Any) -> dict[str, Any]:
         config = compose(*args)
@@ -670,7 +673,7 @@ def test_a_faulty_config_publishes_nothing(tmp_path: Path, monkeypatch: pytest.M
         return config
 
     source = checkpoints.save(checkpoints.pi0_tree(layers=2), tmp_path / "1", quick=True)
-    monkeypatch.setattr(outputs, "compose_config", faulty)
+    monkeypatch.setattr(to_adapter, "compose_config", faulty)
     with pytest.raises(ProofFailed, match="PEFT scales"):
         bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=4.0)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

@@ -139,13 +139,19 @@ def test_names_and_paths_are_escaped() -> None:
         actions={NASTY: 1.0},
     )
     lora = difference(bad, 0.5, "b", part=NASTY)
-    compared = Comparison(NASTY, f'"{NASTY}', NASTY, (NASTY, NASTY), (lora, difference(f"$x_{NASTY}$", 0.1)))
+    compared = Comparison(
+        a=NASTY,
+        b=f'"{NASTY}',
+        model=NASTY,
+        states=(NASTY, NASTY),
+        differences=(lora, difference(f"$x_{NASTY}$", 0.1)),
+    )
     for html in (verify_report(named), diff_report(compared)):
         page = Reader(html)
         assert "script" not in page.seen and "alert('&')" in page.text
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:bridge.diff")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:bridge.compare.diff")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e-300, 1e300])
 def test_odd_numbers_do_not_break_it(value: float) -> None:
     odd = dataclasses.replace(check(f"{STACK}.layers.0.mlp.up_proj.weight", value), bfloat16=value)
@@ -159,7 +165,9 @@ def test_odd_numbers_do_not_break_it(value: float) -> None:
 
 
 def test_empty_ones_do_not_break_it() -> None:
-    files_only = Verdict("/out", "/out", "pi0", (), {"bridge.json": True})
+    files_only = Verdict(
+        source="/out", destination="/out", model="pi0", checks=(), files={"bridge.json": True}
+    )
     assert "Matches its bridge.json" in Reader(verify_report(files_only)).text
     nothing = dataclasses.replace(comparison(), differences=())
     assert "No weight differs" in Reader(diff_report(nothing)).text
