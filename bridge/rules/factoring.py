@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from string import ascii_letters
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class FactorAxes:
 
     def __post_init__(self) -> None:
         equation = self.equation
-        if len(equation.left) < 2 or UNIT in equation.left or len(equation.right) != 2:
+        if UNIT in equation.left or len(equation.right) != 2:
             raise ValueError(f"{equation}: LoRA needs a leaf whose weights are matrices")
         output, inputs = equation.right
         if not set(inputs) <= set(self.a) or not set(output) <= set(self.b):
@@ -58,6 +59,12 @@ class FactorAxes:
             )
         if set(self.a) | set(self.b) != {*equation.left, RANK} or RANK not in set(self.a) & set(self.b):
             raise ValueError(f"{equation}: LoRA factors must have the rank and every axis of the leaf")
+        if len(set(self.a)) < len(self.a) or len(set(self.b)) < len(self.b):
+            raise ValueError(f"{equation}: LoRA factors have an axis twice")
+        for axis in equation.placeholders:
+            if axis not in self.b:
+                # weights may share their first factor; with one `b` for all of them none could be filled alone
+                raise ValueError(f"{equation}: LoRA factors need the axis {axis} in the second factor")
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
@@ -129,16 +136,15 @@ class FactorAxes:
         """
         operands, output = runtime.split("->")
         x, weight = operands.split(",")
-        label = dict(zip(self.equation.of_weight.left, weight, strict=True)) | {RANK: _LABEL}
+        # as openpi labels the rank, unless the runtime's own einsum has that label
+        rank = next(each for each in "L" + ascii_letters if each not in runtime)
+        label = dict(zip(self.equation.of_weight.left, weight, strict=True)) | {RANK: rank}
         a, b = ("".join(label[axis] for axis in axes if axis in label) for axes in (self.a, self.b))
         batch = [each for each in x if each not in weight]
         # what the first einsum leaves: the output's axes that `a` has, in the output's order, then the rank
-        middle = "".join(each for each in output if each in batch or each in a) + _LABEL
+        middle = "".join(each for each in output if each in batch or each in a) + rank
         return f"{x},{a}->{middle}", f"{middle},{b}->{output}"
 
-
-#: the label of the rank in einsums
-_LABEL = "L"
 
 Axes = Callable[[Equation, tuple[str, ...]], FactorAxes]
 """The axes of both factors of a leaf, from its equation and those axes that stack separate modules."""

@@ -20,7 +20,7 @@ import torch
 
 import bridge
 from bridge.conversion import to_adapter
-from bridge.errors import MAX_PROBLEMS, ProofFailed
+from bridge.errors import ProofFailed
 from bridge.proof.peft import TOLERANCE, Proof, prove_adapter
 from bridge.stream import writers
 from tests.kit import checkpoints, golden
