@@ -378,3 +378,14 @@ def test_a_bomb_in_a_bucket(tmp_path: Path, tree: Tree) -> None:
         SourceRefused, match=r"kernel/value (has more bytes than|cannot be read|is truncated)|exceeds"
     ):
         open_orbax(url).read("params/action_in_proj/kernel/value")
+
+
+def test_a_path_with_parents_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`..` is resolved through links, as the system does."""
+    checkpoints.save({"x": np.ones((3, 5), np.float32)}, tmp_path / "deep" / "run", quick=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "run")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for path in ("../deep/run", "../link/../run"):
+        with bridge.open(path) as opened:
+            assert opened.specs and opened.read(next(iter(opened.specs))).size

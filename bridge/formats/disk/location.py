@@ -201,7 +201,9 @@ class Location:
     def kvstore(self) -> dict[str, Any]:
         """TensorStore's specification of this directory."""
         if self.local is not None:
-            return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
+            # TensorStore takes no path with `..` in it, and what it means depends on links
+            path = os.path.realpath(self.url) if ".." in self.local.parts else self.url
+            return {"driver": "file", "path": f"{path.rstrip('/')}/"}
         scheme, rest = self.url.split("://", 1)
         if scheme == "memory":
             return {"driver": "memory", "path": f"{rest}/"}
