@@ -371,7 +371,7 @@ DAMAGE = {
                          damage=shorten(lambda size: size // 2)),
     "data file cut by a byte": Row(r"has \d+ bytes, but the index points to byte \d+",
                                    damage=shorten(lambda size: size - 1)),
-    "data file cut to nothing": Row(r"the file has 0 bytes", damage=shorten(lambda size: 0)),
+    "data file cut to nothing": Row(r"has 0 bytes, but the index points to", damage=shorten(lambda size: 0)),
     "data file deleted": Row(r"is missing, but the index points to it",
                              damage=lambda s: s.data_file().unlink()),
     "manifest cut": Row(
@@ -439,8 +439,8 @@ DAMAGE = {
     "index leads to /": Row(r"unsafe path: '/etc/passwd'", damage=lambda s: escape(s, "/etc/passwd")),
     "index leads up, encoded": Row(r"unsafe path: '\.\./x'", damage=lambda s: escape(s, "%2e%2e/x")),
     "index without end": Row(r"manifest\.ocdbt: the index cannot be read", damage=endless),
-    "zarray huge": zarray(r"shape \[1099511627776, 17\].* larger", shape=[1 << 40, 17]),
-    "zarray huge product": zarray(r"larger", shape=[1 << 31, 1 << 31]),
+    "zarray huge": zarray(r"shape \[1099511627776, 17\].* exceeds the limit", shape=[1 << 40, 17]),
+    "zarray huge product": zarray(r"exceeds the limit of 1 TiB", shape=[1 << 31, 1 << 31]),
     "zarray huge chunks": zarray(r"larger", chunks=[1 << 40, 17]),
     "zarray negative": zarray(r"shape is \[-31, 17\]", shape=[-31, 17]),
     "zarray fractional": zarray(r"shape is", shape=[31.0, 17]),
@@ -539,7 +539,7 @@ OUTPUTS = {
     "the source itself, to overwrite": Row(r"is inside the source", damage=dst("run", "100", overwrite=True)),
     "below a file": Row(r"file is not a directory", damage=file_as_parent),
     "too long a name": Row(r"aaa", damage=dst("made", "a" * 300)),
-    "no space": Row(r"needs [\d.]+ kB, and 100 B are free", damage=full_disk),
+    "no space": Row(r"needs [\d.]+ kB, but only 100 B are free", damage=full_disk),
     "not bridge's, to overwrite": Row(
         r"made/out exists and was not written by bridge",
         options(overwrite=True),
