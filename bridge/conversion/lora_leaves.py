@@ -14,9 +14,9 @@ from bridge.publish.record import RECORD
 from bridge.rules.model import Part
 from bridge.rules.names import grouped
 from bridge.rules.rule import Rule
+from bridge.stream.factor_writers import FactorWriter
 from bridge.stream.output import Output
 from bridge.stream.readers import Done
-from bridge.stream.writers import FactorWriter
 
 
 def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:

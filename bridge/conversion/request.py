@@ -20,8 +20,8 @@ from bridge.rules.rule import Rule
 from bridge.stream.output import Output
 from bridge.stream.readers import FactorReader, WeightsReader
 from bridge.stream.step import Step
+from bridge.stream.work import Load, Writer
 from bridge.stream.workers import Progress
-from bridge.stream.writers import Load, Writer
 
 
 @dataclass(frozen=True, kw_only=True)

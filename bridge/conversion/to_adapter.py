@@ -24,10 +24,11 @@ from bridge.peft.config import PREFIX, A, B, Target, compose_config, module_of
 from bridge.proof.peft import PEFT
 from bridge.rules.model import Bound
 from bridge.rules.names import grouped
+from bridge.stream.factor_writers import AdapterWriter, Pair
 from bridge.stream.output import Output, collect
 from bridge.stream.readers import Done
 from bridge.stream.step import Step
-from bridge.stream.writers import AdapterWriter, Pair, TensorWriter
+from bridge.stream.writers import TensorWriter
 
 BASE = "base"
 

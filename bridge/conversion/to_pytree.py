@@ -8,10 +8,11 @@ from bridge.conversion.request import Built, Request
 from bridge.rules.factoring import RANK
 from bridge.rules.family import Tree
 from bridge.rules.model import Bound
+from bridge.stream.factor_writers import FactorWriter
 from bridge.stream.output import Output, collect
 from bridge.stream.readers import FactorReader, ModuleFactors
 from bridge.stream.step import Step
-from bridge.stream.writers import FactorWriter, LeafWriter
+from bridge.stream.writers import LeafWriter
 
 
 def build_pytree(request: Request) -> Built:

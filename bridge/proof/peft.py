@@ -47,10 +47,10 @@ from bridge.proof.peft_skeleton import (
 from bridge.publish.record import RECORD
 from bridge.rules.equation import Index
 from bridge.rules.rule import Rule
+from bridge.stream.factor_writers import AdapterWriter, Pair
 from bridge.stream.output import Output
 from bridge.stream.readers import Done
 from bridge.stream.step import Step
-from bridge.stream.writers import AdapterWriter, Pair
 from bridge.torch_arrays import one_thread
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from bridge.arrays import Spec
 from bridge.graph import State
 from bridge.rules.model import Layout
 from bridge.stream.step import Step
-from bridge.stream.writers import Writer
+from bridge.stream.work import Writer
 
 W = TypeVar("W", bound=Writer)
 

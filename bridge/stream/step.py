@@ -19,7 +19,7 @@ from bridge.formats.contract import Sink, Timings
 from bridge.rules.rule import Rule
 from bridge.stream.faults import Faults
 from bridge.stream.readers import Done, FactorReader, Read, Sources, Tick, WeightsReader
-from bridge.stream.writers import Work, Writer
+from bridge.stream.work import Work, Writer
 
 
 @dataclass(frozen=True, kw_only=True)

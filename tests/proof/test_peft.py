@@ -22,7 +22,7 @@ import bridge
 from bridge.conversion import to_adapter
 from bridge.errors import ProofFailed
 from bridge.proof.peft import TOLERANCE, Proof, prove_adapter
-from bridge.stream import writers
+from bridge.stream import factor_writers
 from tests.kit import checkpoints, golden
 from tests.kit.golden import State
 from tests.kit.mutants import in_axes
@@ -615,27 +615,27 @@ def test_proof_says_everything_at_once(folded: Written, tmp_path: Path) -> None:
 # Faults of the writer itself: nothing is published.
 
 
-def wrong_fold(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+def wrong_fold(self: factor_writers.AdapterWriter, index: Any, change: Any) -> Any:
     a, b = MATRICES(self, index, change)
     return a, b * b.dtype.type(change.scale)
 
 
-def wrong_heads(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+def wrong_heads(self: factor_writers.AdapterWriter, index: Any, change: Any) -> Any:
     a, b = MATRICES(self, index, change)
     return (a, b[::-1].copy()) if change.axes.summed else (a, b)
 
 
-def wrong_layer(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+def wrong_layer(self: factor_writers.AdapterWriter, index: Any, change: Any) -> Any:
     a, b = MATRICES(self, index, change)
     return (a, b) if index[0] == 0 else (np.zeros_like(a), b)
 
 
-def half_precision(self: writers.AdapterWriter, index: Any, change: Any) -> Any:
+def half_precision(self: factor_writers.AdapterWriter, index: Any, change: Any) -> Any:
     a, b = MATRICES(self, index, change)
     return a.astype(np.float16).astype(a.dtype), b
 
 
-MATRICES = writers.AdapterWriter.matrices
+MATRICES = factor_writers.AdapterWriter.matrices
 FAULTS = {
     "scale folded twice": wrong_fold,
     "o_proj reversed": wrong_heads,
@@ -649,7 +649,7 @@ def test_a_fault_of_the_writer_publishes_nothing(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoints.save(checkpoints.pi0_tree(layers=2), tmp_path / "1", quick=True)
-    monkeypatch.setattr(writers.AdapterWriter, "matrices", FAULTS[fault])
+    monkeypatch.setattr(factor_writers.AdapterWriter, "matrices", FAULTS[fault])
     options: dict[str, Any] = {"to": "peft-adapter", "lora_alpha": {"paligemma": 10.0, "expert": 4.5}}
     with pytest.raises(ProofFailed):
         bridge.convert(source, tmp_path / "made" / "out", with_base=True, **options)
@@ -657,7 +657,7 @@ def test_a_fault_of_the_writer_publishes_nothing(
     monkeypatch.undo()
     bridge.convert(source, tmp_path / "made" / "out", **options)
     before = golden.files(tmp_path / "made")
-    monkeypatch.setattr(writers.AdapterWriter, "matrices", FAULTS[fault])
+    monkeypatch.setattr(factor_writers.AdapterWriter, "matrices", FAULTS[fault])
     with pytest.raises(ProofFailed):
         bridge.convert(source, tmp_path / "made" / "out", overwrite=True, **options)
     assert golden.files(tmp_path / "made") == before
