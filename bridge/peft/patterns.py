@@ -62,11 +62,11 @@ class Clock:
 
         if self._left <= 0:
             raise TimeoutError
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             match = (regex.fullmatch if whole else regex.match)(pattern, text, timeout=self._left)
         finally:
-            self._left -= time.monotonic() - began
+            self._left -= time.thread_time() - began
         return None if match is None else match.groupdict()
 
 
