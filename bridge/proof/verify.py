@@ -244,7 +244,7 @@ def _verify_record(path: str | Path) -> Verdict:
     if not files:
         problems = [
             Problem(
-                f"{source.root} has no {RECORD} to check",
+                f"{source.root} has no {RECORD} to check it against",
                 "give a second checkpoint: verify SRC DST",
             )
         ]

@@ -63,7 +63,15 @@ def facts(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Facts:
     assert layout is not None
     changed = {axis.replace("__", "."): size for axis, size in sizes.items()}
     stock = {**lerobot.STOCK, "projections.action": 32, "siglip.token": 256}
-    return bridge.Facts(found, {**stock, **changed}, layout, "base", "bfloat16", {}, assets)
+    return bridge.Facts(
+        model=found,
+        sizes={**stock, **changed},
+        layout=layout,
+        contents="base",
+        dtype="bfloat16",
+        settings={},
+        assets=assets,
+    )
 
 
 def made(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Companions:

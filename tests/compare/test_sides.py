@@ -96,9 +96,11 @@ def test_checksums_come_from_what_was_compared(
 ) -> None:
     """No array is read a second time for the record, and a record that says otherwise is seen."""
     read = []
-    inner = record._holds
+    inner = record._matches
     monkeypatch.setattr(
-        record, "_holds", lambda source, name, recorded: read.append(name) or inner(source, name, recorded)
+        record,
+        "_matches",
+        lambda source, name, recorded: read.append(name) or inner(source, name, recorded),
     )
     verdict = verify(*pair, lora_alpha=ALPHA)
     assert verdict.holds and verdict.files[str(pair[1] / "bridge.json")]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from bridge import Equation, by_role, last_two_axes
 from bridge.lora.algebra import blocks_of, compress, join, reduce, split, stack
-from bridge.lora.distance import entries, module_error
+from bridge.lora.distance import module_error, products
 from bridge.lora.factors import Factors
 from bridge.rules.equation import Index
 from bridge.rules.factoring import RANK, FactorAxes
@@ -441,13 +441,13 @@ def tensor(array: Array) -> torch.Tensor:
 
 
 @EVERY
-def test_entries_are_the_change(case: Case) -> None:
+def test_products_are_the_change(case: Case) -> None:
     a, b = case.factors()
     change = change_of(case, a, b)
     output = case.equation.right[0]
     for index, part_a, part_b in case.factor_axes.slices(a, b):
         made = np.full([case.sizes[axis] for axis in output] + [change[index].shape[1]], np.nan)
-        for rows, entry_b, entry_a in entries(weight_axes(case), part_a, part_b):
+        for rows, entry_b, entry_a in products(weight_axes(case), part_a, part_b):
             made[rows] = (entry_b @ entry_a).numpy().reshape(made[rows].shape)
         assert close(made.reshape(change[index].shape), change[index])
 
@@ -613,7 +613,7 @@ def nearly(found: Array, expected: Array) -> bool:
 @settings(max_examples=100, deadline=None)
 @given(drawn())
 def test_any_axes(leaf: Drawn) -> None:
-    """split, join, blocks_of, reduce, entries and module_error, whatever axes the factors have."""
+    """split, join, blocks_of, reduce, products and module_error, whatever axes the factors have."""
     axes, sizes = leaf.axes, leaf.sizes
     a, b = leaf.factors()
     change, one = leaf.change(a, b), axes.of_weight
@@ -632,7 +632,7 @@ def test_any_axes(leaf: Drawn) -> None:
         assert nearly(product(one, small_a, small_b), change[index])
         output, width = one.equation.right[0], change[index].shape[1]
         made = np.full([*(sizes[axis] for axis in output), width], np.nan)
-        for rows, entry_b, entry_a in entries(one, part_a, part_b):
+        for rows, entry_b, entry_a in products(one, part_a, part_b):
             made[rows] = (entry_b @ entry_a).numpy().reshape(made[rows].shape)
         assert nearly(made.reshape(change[index].shape), change[index])
         factors = Factors(one, part_a, part_b, 0.5)

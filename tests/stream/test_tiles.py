@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.arrays import BFLOAT16, FLOAT16, FLOAT32, box
-from bridge.lora.factors import Spread
+from bridge.lora.factors import Matrices
 from bridge.stream import tiles
 from bridge.stream.tiles import NonFinite, Product, Workspace, place
 
@@ -58,22 +58,60 @@ def test_adds_a_product_to_any_box(output: list[int], inputs: list[int], data: s
     axes = list(range(len(shape)))
     rng = np.random.default_rng(3)
     rank = data.draw(st.integers(1, 4))
-    a = rng.standard_normal((rank, *inputs)).astype(np.float32)
-    b = rng.standard_normal((*output, rank)).astype(np.float32)
+    a = rng.standard_normal((rank, int(np.prod(inputs)))).astype(np.float32)
+    b = rng.standard_normal((int(np.prod(output)), rank)).astype(np.float32)
     src = arranged(shape, data.draw(st.permutations(axes)), data.draw(st.sampled_from(DTYPES)))
     dst = arranged(shape, data.draw(st.permutations(axes)), FLOAT32, seed=1)
-    change = b.reshape(-1, rank) @ a.reshape(rank, -1)
-    expected = src.astype(np.float32) + (np.float32(0.5) * change).reshape(shape)
+    expected = src.astype(np.float32) + (np.float32(0.5) * (b @ a)).reshape(shape)
+    steps = tuple(int(np.prod(group[i + 1 :])) for group in (output, inputs) for i in range(len(group)))
     at = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     part = tuple(data.draw(st.integers(1, n - begin)) for begin, n in zip(at, shape, strict=True))
     before = dst.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE", data.draw(st.integers(1, 9)))
         patch.setattr(tiles, "_WIDTH", data.draw(st.integers(1, 4)))
-        product = Product(Spread(a, b, 0.5), at, shape)
+        product = Product(Matrices(a, b, 0.5), steps, len(output), at)
         place(dst[box(at, part)], src[box(at, part)], product, Workspace(), NonFinite())
     before[box(at, part)] = expected[box(at, part)]
     np.testing.assert_allclose(dst, before, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_sum_depends_on_neither_order_nor_cut(
+    output: list[int], inputs: list[int], data: st.DataObject
+) -> None:
+    """To the last bit, whatever container a weight comes from and however it is cut."""
+    shape = (*output, *inputs)
+    axes = list(range(len(shape)))
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((3, int(np.prod(inputs)))).astype(np.float32)
+    b = rng.standard_normal((int(np.prod(output)), 3)).astype(np.float32)
+    steps = tuple(int(np.prod(group[i + 1 :])) for group in (output, inputs) for i in range(len(group)))
+    values = rng.standard_normal(shape).astype(np.float32)
+    whole, cut = (np.full(shape, np.nan, np.float32) for _ in range(2))
+    order, back = data.draw(st.permutations(axes)), data.draw(st.permutations(axes))
+    src = np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
+    dst = np.ascontiguousarray(cut.transpose(back)).transpose(np.argsort(back))
+    axis = data.draw(st.sampled_from(axes))
+    border = data.draw(st.integers(0, shape[axis]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "TILE", 20)
+        patch.setattr(tiles, "_WIDTH", 5)
+        change = Matrices(a, b, 0.3)
+        start = (0,) * len(shape)
+        place(whole, values, Product(change, steps, len(output), start), Workspace(), NonFinite())
+        for begin, end in ((0, border), (border, shape[axis])):
+            at = tuple(begin if each == axis else 0 for each in axes)
+            part = tuple(end - begin if each == axis else n for each, n in enumerate(shape))
+            if end > begin:
+                product = Product(change, steps, len(output), at)
+                place(dst[box(at, part)], src[box(at, part)], product, Workspace(), NonFinite())
+    assert dst.tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize(
