@@ -62,9 +62,8 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
     counted, gaps = numbers.dimensions()
     sizes, disagreements = _solve(source, fit, [*fixed_dimensions(model, runtime, seen), *seen, *counted])
     problems += located(source, [*gaps, *disagreements])
-    problems += count_problems(source, model, sizes)
-    if not problems:
-        problems += absence_problems(source, model, stored, sizes)
+    too_many = count_problems(source, model, sizes)
+    problems += too_many or absence_problems(source, model, stored, sizes)
     return WeightsCheckpoint(
         source=source,
         family=fit.family,
