@@ -52,9 +52,8 @@ def understand_tree(source: Source) -> TreeCheckpoint:
     sizes, disagreements = solve([*fixed_dimensions(model, runtime, seen), *seen, *counted], model)
     problems += factor_problems(source, fit, sizes)
     problems += located(source, [*gaps, *disagreements])
-    problems += count_problems(source, model, sizes)
-    if not problems:
-        problems += absent_leaves(source, model, stored, sizes)
+    too_many = count_problems(source, model, sizes)
+    problems += too_many or absent_leaves(source, model, stored, sizes)
     return TreeCheckpoint(
         source=source,
         family=fit.family,

@@ -12,7 +12,7 @@ from bridge.formats.contract import Source
 from bridge.formats.safetensors.header import MAX_TENSORS
 from bridge.rules.family import families
 from bridge.rules.model import Model
-from bridge.rules.names import grouped
+from bridge.rules.names import grouped, skeleton
 
 RECOPY = "copy the checkpoint again, or re-download it"
 
@@ -78,20 +78,24 @@ def dtype_problems(source: Source, runtime: str) -> list[Problem]:
 
 def factor_problems(source: Source, fit: Fit, sizes: Mapping[str, int]) -> list[Problem]:
     """Factors without their twin, and leaves left without factors where their group has them."""
-    problems = []
     stored = fit.leaves.stored
+    apart: list[tuple[str, str]] = []
     groups: dict[tuple[str, str], dict[bool, list[str]]] = {}
     for part, rule in fit.model.leaves(sizes):
         if rule.factor_leaves is None or rule.lora is None:
             continue
         there = [leaf in stored for leaf in rule.factor_leaves]
         if any(there) and not all(there):
-            have, lack = rule.factor_leaves if there[0] else reversed(rule.factor_leaves)
-            problems.append(
-                Problem(f"{source.location}: {have} is there, but its counterpart {lack} is missing", RECOPY)
-            )
+            a, b = rule.factor_leaves
+            apart.append((a, b) if there[0] else (b, a))
         else:
             groups.setdefault((part.name, rule.lora.rank), {}).setdefault(all(there), []).append(rule.leaf)
+    # both of a pair differ from those of other layers in the same numbers
+    pairs = zip(grouped(have for have, _ in apart), grouped(lack for _, lack in apart), strict=True)
+    problems = [
+        Problem(f"{source.location}: {have} is there, but its counterpart {lack} is missing", RECOPY)
+        for have, lack in pairs
+    ]
     for group in groups.values():
         if len(group) == 2:
             problems += [
@@ -124,14 +128,33 @@ def count_problems(source: Source, model: Model, sizes: Mapping[str, int]) -> li
 def absent_leaves(
     source: Source, model: Model, stored: Mapping[str, str], sizes: Mapping[str, int]
 ) -> list[Problem]:
-    """Leaves of single layers that are missing, once the number of layers is known."""
-    absent = [rule.leaf for _, rule in model.leaves(sizes) if rule.leaf not in stored]
+    """Leaves of single layers that are missing, once the number of layers is known.
+
+    Not those of rules that have no leaf at all: their names are missing already.
+    """
+    absent: list[str] = []
+    for part in model.parts:
+        local = model.local_sizes(part, sizes)
+        for rule in part.rules:
+            if all(axis in local for axis in rule.path.axes):
+                leaves = [each.leaf for each in rule.bind(local)]
+                lacking = [leaf for leaf in leaves if leaf not in stored]
+                absent += lacking if len(lacking) < len(leaves) else []
     return [Problem(f"{source.location}: {name} is missing", RECOPY) for name in grouped(absent)]
 
 
 def absence_problems(
     source: Source, model: Model, stored: Mapping[str, str], sizes: Mapping[str, int]
 ) -> list[Problem]:
-    """Weights of single layers that are missing, once the number of layers is known."""
-    absent = [name for bound in model.bind(sizes) for name in bound.names.values() if name not in stored]
+    """Weights of single layers that are missing, once the number of layers is known.
+
+    Not those that are missing in all layers: their names are missing already.
+    """
+    known = {skeleton(name)[0] for name in stored}
+    absent = [
+        name
+        for bound in model.bind(sizes)
+        for name in bound.names.values()
+        if name not in stored and skeleton(name)[0] in known
+    ]
     return [Problem(f"{source.location}: {name} is missing", RECOPY) for name in grouped(absent)]

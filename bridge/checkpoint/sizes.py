@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from bridge.errors import Problem
 from bridge.formats.contract import Source
+from bridge.formats.disk.location import Location
+from bridge.publish.record import read_record
 from bridge.rules.equation import UNIT
 from bridge.rules.model import Model, Part
 
@@ -90,6 +92,14 @@ class Numbers:
             qualified = self._model.qualified(part, axis)
             counted.append(Dimension((qualified,), max(numbers) + 1, f"{part}: the highest {axis}"))
         return counted, problems
+
+
+def recorded_sizes(root: Location) -> dict[str, int]:
+    """The sizes that bridge itself wrote beside a checkpoint, if it did."""
+    sizes = read_record(root).get("sizes")
+    if not isinstance(sizes, dict):
+        return {}
+    return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
 
 
 def located(source: Source, problems: Iterable[Problem]) -> list[Problem]:

@@ -12,10 +12,17 @@ from bridge.checkpoint.problems import (
     misshapen,
     unknown,
 )
-from bridge.checkpoint.sizes import Dimension, Numbers, dimensions, fixed_dimensions, located, solve
+from bridge.checkpoint.sizes import (
+    Dimension,
+    Numbers,
+    dimensions,
+    fixed_dimensions,
+    located,
+    recorded_sizes,
+    solve,
+)
 from bridge.errors import Problem
 from bridge.formats.contract import Source
-from bridge.publish.record import read_record
 
 
 def understand_weights(source: Source) -> WeightsCheckpoint:
@@ -62,9 +69,8 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
     counted, gaps = numbers.dimensions()
     sizes, disagreements = _solve(source, fit, [*fixed_dimensions(model, runtime, seen), *seen, *counted])
     problems += located(source, [*gaps, *disagreements])
-    problems += count_problems(source, model, sizes)
-    if not problems:
-        problems += absence_problems(source, model, stored, sizes)
+    too_many = count_problems(source, model, sizes)
+    problems += too_many or absence_problems(source, model, stored, sizes)
     return WeightsCheckpoint(
         source=source,
         family=fit.family,
@@ -88,7 +94,7 @@ def _solve(source: Source, fit: Fit, seen: list[Dimension]) -> tuple[dict[str, i
         for axis in rule.equation.left
     }
     carried: dict[str, int] = {}
-    for known in (_recorded_sizes(source), told, model.stock):
+    for known in (recorded_sizes(source.root), told, model.stock):
         named = {model.canonical.get(axis, axis): size for axis, size in known.items()}
         more = carried | {axis: size for axis, size in named.items() if axis in axes - sizes.keys()}
         solved, trouble = solve(seen, model, more)
@@ -96,11 +102,3 @@ def _solve(source: Source, fit: Fit, seen: list[Dimension]) -> tuple[dict[str, i
         if not trouble and not problems:
             sizes, carried = solved, more
     return sizes, problems
-
-
-def _recorded_sizes(source: Source) -> dict[str, int]:
-    """The sizes that bridge itself wrote beside the weights, if it did."""
-    sizes = read_record(source.root).get("sizes")
-    if not isinstance(sizes, dict):
-        return {}
-    return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}

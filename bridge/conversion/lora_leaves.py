@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from bridge.checkpoint.inputs import Inputs
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import alpha_problems, recorded_scales
+from bridge.checkpoint.sizes import recorded_sizes
 from bridge.conversion.options import Options, compress_to
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.lora.factors import Scale
 from bridge.publish.record import RECORD
-from bridge.rules.model import Part
+from bridge.rules.model import Model, Part
 from bridge.rules.names import grouped
 from bridge.rules.rule import Rule
 from bridge.stream.factor_writers import FactorWriter
@@ -24,10 +25,11 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
 
     A part gets leaves when the adapter touches it or ``--rank`` names it. Its rank is the one
     asked for, else the rank it had in JAX if the adapter's ``bridge.json`` records it, else the
-    stock rank; alpha likewise.
+    stock rank; alpha likewise, where the runtime scales the part's factors.
     """
     given, rslora = alphas_of(options), options["rslora"]
-    recorded, runtime = recorded_scales(inputs.source.source.root), inputs.weights.family.runtime
+    root = inputs.source.source.root
+    recorded, runtime = recorded_scales(root), inputs.weights.family.runtime
     where = inputs.source.source.location
     rank_option = options["rank"]
     asked = rank_option if isinstance(rank_option, Mapping) else {}
@@ -56,13 +58,13 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
         for name in given
         if name in able and name not in touched and name not in asked
     ]
+    parts = [part for part in inputs.model.parts if part.name in touched or part.name in asked]
+    problems += _unscaled_problems(inputs, parts, options)
     ranks: dict[str, int] = {}
     scales: dict[str, Scale] = {}
-    for part in inputs.model.parts:
-        if part.name not in touched and part.name not in asked:
-            continue
+    for part in parts:
         known = recorded.get(part.name, {})
-        had = int(known["rank"]) if known else None
+        had = int(known["rank"]) if known else _recorded_rank(inputs.model, part, recorded_sizes(root))
         rank = asked.get(part.name, compress_to(options) or had or _stock_rank(part))
         if rank is None:
             problems.append(
@@ -71,6 +73,9 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
                     f"add --rank {part.name}=RANK",
                 )
             )
+            continue
+        if not part.scaled:
+            ranks[part.name] = rank
             continue
         same = had == rank
         uses_root = rslora or bool(same and known.get("rslora") and part.name not in given)
@@ -92,6 +97,32 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
             part=part.name, rank=rank, alpha=float(alpha), rslora=uses_root, origin=origin
         )
     return ranks, scales, problems
+
+
+def _unscaled_problems(inputs: Inputs, parts: Sequence[Part], options: Options) -> list[Problem]:
+    """Alphas that the runtime has no use for."""
+    where, runtime = inputs.source.source.location, inputs.weights.family.runtime
+    given = alphas_of(options)
+    problems = [
+        Problem(
+            f"{where}: --lora-alpha names {part.name}, whose LoRA factors {runtime} never scales",
+            "leave it out",
+        )
+        for part in parts
+        if part.name in given and not part.scaled
+    ]
+    flag = "--lora-alpha" if "" in given else "--rslora" if options["rslora"] else ""
+    if flag and parts and not any(part.scaled for part in parts):
+        problems.append(
+            Problem(f"{where}: {flag} is given, but {runtime} never scales LoRA factors", f"leave {flag} out")
+        )
+    return problems
+
+
+def _recorded_rank(model: Model, part: Part, sizes: Mapping[str, int]) -> int | None:
+    """The rank of a part's factors among recorded sizes, where all have one."""
+    ranks = {sizes.get(model.qualified(part.name, rule.lora.rank)) for rule in part.rules if rule.lora}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def _touched(inputs: Inputs) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from bridge.conversion.request import Request
 from bridge.peft.config import A, module_of
 from bridge.stream.output import Output
@@ -13,7 +15,9 @@ def model_card(request: Request, adapter: Output) -> bytes:
     modules = sum(name.endswith(A) for name in adapter.specs)
     parameters = sum(spec.size for spec in adapter.specs.values())
     alpha = (
-        f"Factors are as {family.runtime} trained them; alpha / rank in `adapter_config.json` is its scale."
+        f"{family.runtime} applies no scale, so alpha equals the rank everywhere."
+        if not request.scales
+        else f"Factors are as {family.runtime} trained them; alpha / rank in `adapter_config.json` is its scale."
         if options["keep_alpha"]
         else f"The scale of {family.runtime} is folded into `lora_B`, so alpha equals the rank everywhere."
     )
@@ -42,7 +46,7 @@ def model_card(request: Request, adapter: Output) -> bytes:
         "",
         f"| {family.part_noun} | rank | alpha | scale |",
         "|---|---|---|---|",
-        *(f"| {s.part} | {s.rank} | {s.alpha:g} | {s.value:g} |" for s in request.scales.values()),
+        *_scale_rows(request),
         "",
         " ".join((alpha + unscaled, *_blocks(request))),
         "",
@@ -51,6 +55,17 @@ def model_card(request: Request, adapter: Output) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _scale_rows(request: Request) -> Iterator[str]:
+    """A row for each part that has factors."""
+    checkpoint = request.inputs.source
+    for part in checkpoint.model.parts:
+        scale, ranks = request.scales.get(part.name), checkpoint.ranks_of(part)
+        if scale is not None:
+            yield f"| {part.name} | {scale.rank} | {scale.alpha:g} | {scale.value:g} |"
+        elif ranks:
+            yield f"| {part.name} | {', '.join(map(str, dict.fromkeys(ranks.values())))} | – | 1 |"
 
 
 def _blocks(request: Request) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bridge.arrays import Spec
 from bridge.conversion.job import Job
 from bridge.conversion.options import compress_to
 from bridge.display import byte_size, printable
 from bridge.graph import Form, Loss
-from bridge.rules.names import grouped
+from bridge.rules.names import grouped, numberless
 from bridge.stream.output import Output
 from bridge.stream.step import Step
 
@@ -41,9 +41,12 @@ def _head(job: Job) -> Iterator[str]:
     yield f"dtype        {job.dtype}, layout {job.layout.name}"
     for scale in job.scales.values():
         yield f"lora scale   {scale}"
-    unscaled = job.inputs.weights.family.unscaled
-    if job.scales and unscaled and any(_is_unscaled(step) for step in job.steps):
-        yield f"             {unscaled}: 1, {job.inputs.weights.family.runtime} applies no scale there"
+    family = job.inputs.weights.family
+    if any(_is_unscaled(step) for step in job.steps):
+        if job.scales and family.unscaled:
+            yield f"             {family.unscaled}: 1, {family.runtime} applies no scale there"
+        elif not job.scales and checkpoint.in_jax:
+            yield f"lora scale   1: {family.runtime} applies no scale"
     for note in job.notes:
         yield f"note         {note}"
 
@@ -73,19 +76,17 @@ def _rules(job: Job, output: Output, width: int) -> Iterator[str]:
         steps = [step for step in output.steps if step.part == part.name]
         if not steps:
             continue
-        shown = [(step, name, spec) for step in steps for name, spec in _shown(step).items()]
-        taken = [_taken_names(step) for step in steps for _ in _shown(step)]
-        leaves = _common(taken, "/" if "/" in taken[0] else ".")
-        weights = _common([name for _, name, _ in shown], "/" if "/" in shown[0][1] else ".")
+        lines = _merged(
+            (_taken_names(step), _taken(job, step), name, str(spec))
+            for step in steps
+            for name, spec in _shown(step).items()
+        )
+        leaves = _common([taken for taken, *_ in lines], "/" if "/" in lines[0][0] else ".")
+        weights = _common([name for _, _, name, _ in lines], "/" if "/" in lines[0][2] else ".")
         yield f"{part.name}: {leaves}* -> {weights}*"
         rows = [
-            (
-                name_taken.removeprefix(leaves),
-                _taken(job, step),
-                "-> " + name.removeprefix(weights),
-                str(spec),
-            )
-            for name_taken, (step, name, spec) in zip(taken, shown, strict=True)
+            (taken.removeprefix(leaves), what, "-> " + name.removeprefix(weights), spec)
+            for taken, what, name, spec in lines
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         one_line = sum(widths) + 2 * len(widths) <= width
@@ -102,6 +103,23 @@ def _rules(job: Job, output: Output, width: int) -> Iterator[str]:
             yield f"tied: {alias} is {name}"
     for name, data in output.files.items():
         yield f"file: {name} {byte_size(len(data))}"
+
+
+Line = tuple[str, str, str, str]
+"""What a rule takes and from where, what it writes and in which shape."""
+
+
+def _merged(lines: Iterable[Line]) -> list[Line]:
+    """Lines of leaves that differ in their numbers alone, as one: a leaf for each layer."""
+    alike: dict[tuple[object, ...], list[Line]] = {}
+    for taken, what, name, spec in lines:
+        key = numberless(taken), what, numberless(name), spec
+        alike.setdefault(key, []).append((taken, what, name, spec))
+    return [
+        (_braced(grouped(line[0] for line in same)), what, _braced(grouped(line[2] for line in same)), spec)
+        for same in alike.values()
+        for _, what, _, spec in same[:1]
+    ]
 
 
 def _shown(step: Step) -> dict[str, Spec]:

@@ -94,6 +94,13 @@ def option_problems(options: Options, family: Family, source: State, target: Sta
                     f"leave {flag(keyword)} out",
                 )
             )
+    if options["value_suffix"] and target.form is Form.PYTREE and not family.tree.suffix:
+        problems.append(
+            Problem(
+                f"--value-suffix has no effect: the leaf names of {family.runtime} have no suffix",
+                "leave --value-suffix out",
+            )
+        )
     is_adapter = target.form is Form.ADAPTER
     if options["modules_to_save"] and is_adapter and options["base"] is None:
         problems.append(

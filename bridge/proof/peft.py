@@ -17,7 +17,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,6 +46,7 @@ from bridge.proof.peft_skeleton import (
 )
 from bridge.publish.record import RECORD
 from bridge.rules.equation import Index
+from bridge.rules.names import numberless
 from bridge.rules.rule import Rule
 from bridge.stream.factor_writers import AdapterWriter, Pair
 from bridge.stream.output import Output
@@ -284,25 +285,32 @@ def _checks(output: Output, inputs: Inputs, workers: int, layers: Mapping[str, A
     """Every number about every module; several leaves at once."""
     import torch
 
-    def check(numbered: tuple[int, tuple[Step, AdapterWriter]]) -> list[Check]:
-        number, (step, writer) = numbered
+    steps = list(output.steps_of(AdapterWriter))
+    samples = _one_of_each_kind(steps)
+
+    def check(number: int) -> list[Check]:
+        step, writer = steps[number]
+        sampled = {index for which, index in samples if which == number}
         with torch.no_grad():
-            return list(_step_checks(output, inputs, step, writer, number, layers))
+            return list(_step_checks(output, inputs, step, writer, number, sampled, layers))
 
     with ThreadPoolExecutor(workers) as pool:
-        return [
-            each for checks in pool.map(check, enumerate(output.steps_of(AdapterWriter))) for each in checks
-        ]
+        return [each for checks in pool.map(check, range(len(steps))) for each in checks]
 
 
 def _step_checks(
-    output: Output, inputs: Inputs, step: Step, writer: AdapterWriter, number: int, layers: Mapping[str, Any]
+    output: Output,
+    inputs: Inputs,
+    step: Step,
+    writer: AdapterWriter,
+    number: int,
+    samples: Set[Index],
+    layers: Mapping[str, Any],
 ) -> Iterator[Check]:
     """What PEFT made of the modules of one leaf, against the leaf's factors."""
     assert step.factors is not None
     change_at = step.factors.open(step.rule, inputs.sources, Done(), None)
     generator = np.random.default_rng(number)
-    samples = _one_of_each_kind(list(writer.pairs), number)
     for index, pair in writer.pairs.items():
         module, factors = _path(pair), change_at(index)
         assert isinstance(factors, Factors)
@@ -315,12 +323,17 @@ def _step_checks(
             yield Check(module, "the change of the weight", _change_error(layers[module], factors), allowed)
 
 
-def _one_of_each_kind(indices: list[Index], number: int) -> set[Index]:
-    """One weight of each that a leaf stacks along its first axis: k and v, each of some layer."""
-    kinds: dict[Index, list[Index]] = {}
-    for index in indices:
-        kinds.setdefault(index[1:], []).append(index)
-    return {same[(number + kind) % len(same)] for kind, same in enumerate(kinds.values())}
+def _one_of_each_kind(steps: Sequence[tuple[Step, AdapterWriter]]) -> set[tuple[int, Index]]:
+    """One weight of each kind, by the number of its step: q, k and v, each of some layer."""
+    kinds: dict[tuple[object, ...], list[tuple[int, Index]]] = {}
+    for number, (step, writer) in enumerate(steps):
+        rule = step.rule
+        stacked = rule.lora.stacked if rule.lora is not None else ()
+        for index in writer.pairs:
+            numbers = zip(index, rule.equation.placeholders, strict=True)
+            choice = tuple(n for n, axis in numbers if axis not in stacked)
+            kinds.setdefault((step.part, numberless(rule.leaf), choice), []).append((number, index))
+    return {same[kind % len(same)] for kind, same in enumerate(kinds.values())}
 
 
 def _module_checks(
@@ -345,8 +358,11 @@ def _runtime_output(rule: Rule, factors: Factors, x: torch.Tensor) -> torch.Tens
     import torch
 
     if rule.runtime is None:
-        outputs = [x @ a.T @ b.T for _, b, a in products(factors.axes, factors.a, factors.b)]
-        return factors.scale * torch.cat(outputs, 1)
+        result = x.new_empty(len(x), *(factors.sizes[axis] for axis in factors.axes.equation.right[0]))
+        for at, b, a in products(factors.axes, factors.a, factors.b):
+            rows = result[(slice(None), *at)]
+            rows[...] = (x @ a.T @ b.T).reshape(rows.shape)
+        return factors.scale * result.reshape(len(x), -1)
     a, b = (torch.from_numpy(factor.astype(np.float64)) for factor in (factors.a, factors.b))
     operands, _ = rule.runtime.split("->")
     labels, weight = operands.split(",")

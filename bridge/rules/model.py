@@ -27,6 +27,19 @@ class Part:
     stock_alpha: Mapping[int, float] = field(default_factory=dict)
     """LoRA alpha of the stock variants, by rank."""
 
+    def __post_init__(self) -> None:
+        ranks = {rule.lora.rank for rule in self.rules if rule.lora is not None and rule.lora.scaled}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"part {self.name}: scaled LoRA factors of two ranks, {' and '.join(sorted(ranks))}; a part has "
+                "one alpha / rank: declare one rank, or two parts"
+            )
+
+    @cached_property
+    def scaled(self) -> bool:
+        """Whether the runtime scales any of its LoRA products: only then it has an alpha."""
+        return any(rule.lora is not None and rule.lora.scaled for rule in self.rules)
+
     @cached_property
     def axes(self) -> frozenset[str]:
         """Every axis of its rules, rank axes included."""
@@ -105,6 +118,8 @@ class Model:
         for axis in (*(axis for axes in self.same for axis in axes), *self._multiple_axes()):
             if axis not in known:
                 raise ValueError(f"model {self.name}: no rule has the axis {axis}")
+        for rule in self.rules:
+            rule.check_runtime()
 
     def _multiple_axes(self) -> Iterator[str]:
         for multiple in self.multiples:

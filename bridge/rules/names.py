@@ -171,6 +171,11 @@ def _is_number(part: str) -> bool:
     return re.fullmatch(_NUMBER, part) is not None
 
 
+def numberless(name: str) -> tuple[str, ...]:
+    """The text of a name around its numbers: equal for names that differ in those alone."""
+    return tuple(_NUMBERS.split(name))
+
+
 def grouped(names: Iterable[str]) -> list[str]:
     """Shorten names that differ in their numbers alone.
 
@@ -181,8 +186,7 @@ def grouped(names: Iterable[str]) -> list[str]:
     """
     families: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
-        key = tuple(_NUMBERS.split(name))
-        families.setdefault(key, {})[tuple(map(int, _NUMBERS.findall(name)))] = None
+        families.setdefault(numberless(name), {})[tuple(map(int, _NUMBERS.findall(name)))] = None
     lines: list[str] = []
     for key, members in families.items():
         columns = [sorted(set(column)) for column in zip(*members, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,8 @@ class Rule:
     axes: str
     lora: Factoring | None = None
     runtime: str | None = None
-    """The einsum by which the JAX runtime applies one weight to an input, if it is one. A fact from its
+    """The einsum by which the JAX runtime applies one weight to an input, if it is one, such as
+    ``"BTD,NDH->BTNH"``: batch and token first, and a label for each axis of the weight. A fact from its
     source, not from the axes above: verification compares the two."""
     dtype: str | None = None
     """dtype in which the runtime keeps this weight whatever the model's precision, if any."""
@@ -58,6 +60,22 @@ class Rule:
             if self.lora.rank in self.equation.left:
                 raise ValueError(f"rule for {self.leaf}: {self.lora.rank!r} is an axis of the leaf itself")
             self.lora.of(self.equation)
+
+    def check_runtime(self) -> None:
+        """Whether the einsum can be run for the weights of this leaf.
+
+        Raises:
+            ValueError: it is not one of two operands, or has other labels than the leaf has axes.
+        """
+        if self.runtime is None:
+            return
+        parsed = re.fullmatch(r"(([A-Za-z]{2})[A-Za-z]+),([A-Za-z]+)->\2[A-Za-z]+", self.runtime)
+        axes = self.equation.of_weight.left
+        if parsed is None or len(parsed[3]) != len(axes) or set(parsed[2]) & set(parsed[3]):
+            raise ValueError(
+                f"rule for {self.leaf}: {self.runtime!r} is not an einsum such as 'BTD,DF->BTF': batch and token "
+                f"first on both sides, and {len(axes)} labels for {' '.join(axes)}"
+            )
 
     @cached_property
     def flat(self) -> Rule:
