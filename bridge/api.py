@@ -71,9 +71,8 @@ def convert(
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
-        >>> alphas = {"paligemma": 8, "expert": 4}
-        >>> result = bridge.convert(sample, "pi0_torch", to="torch-merged", lora_alpha=alphas)
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> result = bridge.convert(sample, "my_model", to="torch-merged", lora_alpha=8)
         >>> result.tensors
         107
     """
@@ -127,9 +126,10 @@ def open(path: str | Path, format: str | None = None) -> Iterator[Opened]:
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
         >>> with bridge.open(sample) as checkpoint:
-        ...     layer = checkpoint.read("params/PaliGemma/llm/layers/attn/attn_vec_einsum/w/value", 1)
+        ...     name = next(name for name in checkpoint.specs if "attn_vec_einsum/w" in name)
+        ...     layer = checkpoint.read(name, 1)
         >>> layer.shape, layer.dtype
         ((8, 16, 64), dtype('float32'))
     """
@@ -156,10 +156,10 @@ def load_jax(path: str | Path, **options: Unpack[Options]) -> dict[str, Any]:
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
         >>> params = bridge.load_jax(sample)
-        >>> params["PaliGemma"]["llm"]["layers"]["attn"]["q_einsum"]["lora_a"].shape  # layer, head, width, rank
-        (3, 8, 64, 4)
+        >>> params["action_in_proj"]["kernel"].shape  # action, width
+        (14, 48)
     """
     import jax.numpy as jnp
 
@@ -250,8 +250,8 @@ def load_torch(path: str | Path, **options: Unpack[Options]) -> dict[str, torch.
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
-        >>> state = bridge.load_torch(sample, lora_alpha={"paligemma": 8, "expert": 4}, dtype="bfloat16")
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> state = bridge.load_torch(sample, lora_alpha=8, dtype="bfloat16")
         >>> state["action_in_proj.weight"].shape, state["action_in_proj.weight"].dtype  # width, action
         (torch.Size([48, 14]), torch.bfloat16)
     """

@@ -1,4 +1,4 @@
-"""The parameters of a flax nnx module by leaf path, as a ``params`` pytree names them: ``PaliGemma/llm/…/w``."""
+"""The parameters of a flax nnx module by leaf path, as a ``params`` pytree names them: ``llm/layers/…/w``."""
 
 from __future__ import annotations
 

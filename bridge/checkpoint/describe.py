@@ -15,7 +15,7 @@ from bridge.rules.model import Part
 
 @dataclass(frozen=True, kw_only=True)
 class PartDescription:
-    """One part of a model: a tower, an expert."""
+    """One part of a model: a vision tower, a decoder."""
 
     name: str
     parameters: int
@@ -68,9 +68,10 @@ def describe(path: str | Path, format: str | None = None) -> Description:
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> description = bridge.describe(files("bridge.cli") / "sample/pi0_lora/checkpoint")
-        >>> description.model, description.state, description.parameters
-        ('pi0', 'orbax[base+lora]', 483094)
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> description = bridge.describe(sample)
+        >>> description.state, description.parameters
+        ('orbax[base+lora]', 483094)
     """
     checkpoint = open_checkpoint(path, format)
     source = checkpoint.source

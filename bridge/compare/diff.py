@@ -115,9 +115,9 @@ def diff(
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
         >>> result = bridge.convert(sample, "base", to="torch-base")
-        >>> comparison = bridge.diff("base", sample, lora_alpha={"paligemma": 8, "expert": 4})
+        >>> comparison = bridge.diff("base", sample, lora_alpha=8)
         >>> len(comparison.differences), len(comparison.changed)
         (106, 42)
         >>> comparison.changed[0].lora

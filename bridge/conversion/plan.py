@@ -69,7 +69,7 @@ def plan(
         progress (`Callable[[int, int], None]`, *optional*): called with the bytes compared with ``base``, and
             their total.
         **options: the fields of :class:`bridge.Options`, and the options of families by their keywords
-            (for type checkers: ``settings={"action_horizon": 10}``).
+            (for type checkers: in ``settings``, by their keywords).
 
     Returns:
         `Plan`: print it to see what a conversion will do; :meth:`Plan.run` carries it out.
@@ -81,12 +81,12 @@ def plan(
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
-        >>> plan = bridge.plan(sample, None, to="torch-merged", lora_alpha={"paligemma": 8, "expert": 4})
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> plan = bridge.plan(sample, None, to="torch-merged", lora_alpha=8)
         >>> plan.dtype, len(plan.specs)
         ('float32', 107)
-        >>> str(plan.scales["expert"])
-        'expert: rank 8, alpha 4 (given), alpha/rank = 0.5'
+        >>> [scale.value for scale in plan.scales.values()]  # alpha / rank, by part
+        [2.0, 1.0]
     """
     if dst is not None and "://" in str(dst):
         raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))

@@ -86,11 +86,11 @@ def run(job: Job, progress: Progress | None = None, executor: Executor | None = 
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
-        >>> plan = bridge.plan(sample, "pi0_base", to="torch-base")
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> plan = bridge.plan(sample, "my_base", to="torch-base")
         >>> result = bridge.run(plan)
         >>> result.destination.name, result.tensors, result.bytes_written == plan.bytes_written
-        ('pi0_base', 107, True)
+        ('my_base', 107, True)
     """
     if job.destination is None:
         raise ValueError("this plan has no destination")

@@ -111,9 +111,8 @@ def verify(
     Example:
         >>> import bridge
         >>> from importlib.resources import files
-        >>> sample = files("bridge.cli") / "sample/pi0_lora/checkpoint"
-        >>> alphas = {"paligemma": 8, "expert": 4}
-        >>> result = bridge.convert(sample, "merged", to="torch-merged", lora_alpha=alphas)
+        >>> sample = next((files("bridge.cli") / "sample").iterdir()) / "checkpoint"
+        >>> result = bridge.convert(sample, "merged", to="torch-merged", lora_alpha=8)
         >>> verdict = bridge.verify(sample, "merged")
         >>> verdict.holds, verdict.counts
         (True, {'equal': 64, 'runtime': 42})

@@ -102,7 +102,7 @@ class Family:
     noun: str = "model"
     """What a trained model of the family is called: ``"policy"``."""
     part_noun: str = "part"
-    """What a part that carries LoRA is called: ``"expert"``."""
+    """What a part that carries LoRA is called in tables."""
     tree: Tree = Tree()
     export_dtype: str = "keep"
     """dtype of weights exported without LoRA by default."""
@@ -113,7 +113,7 @@ class Family:
     trained_beside: str = ""
     """What a LoRA run trains in full beside the factors, such as ``"the vision tower"``."""
     unscaled: str = ""
-    """Which LoRA factors the runtime never scales, such as ``"the feed-forward"``."""
+    """Which LoRA factors the runtime never scales, such as those of one kind of layer."""
     companions: Callable[[Facts], Companions] | None = None
     """Makes ``config.json`` and the like. Pure: bridge writes the files."""
     known_sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None

@@ -15,12 +15,12 @@ from bridge.rules.names import NameIndex
 from bridge.rules.rule import Rule
 
 Sizes = Mapping[str, int]
-"""Size of every axis, by qualified name (``"paligemma.width"``)."""
+"""Size of every axis, by qualified name (``"decoder.width"``)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named group of rules in which one axis name has one size: a tower, an expert."""
+    """A named group of rules in which one axis name has one size: a vision tower, a decoder."""
 
     name: str
     rules: tuple[Rule, ...]

@@ -183,8 +183,8 @@ class Number(Kind):
 class ByPart(Kind):
     """A positive number for all parts of a model, or numbers for some of its parts, by name.
 
-    The command reads ``4``, or ``paligemma=8,expert=4``; the library takes ``4``, or
-    ``{"paligemma": 8, "expert": 4}``. The key ``""`` is all parts that are not named.
+    The command reads ``4``, or ``encoder=8,decoder=4``; the library takes ``4``, or
+    ``{"encoder": 8, "decoder": 4}``. The key ``""`` is all parts that are not named.
     """
 
     whole: bool = False
@@ -240,9 +240,9 @@ class Option:
     """One option: of a verb, as the annotation of its keyword, or of a family.
 
     Example:
-        >>> horizon = Option(kind=Number(), help="Length of an action chunk.")
-        >>> horizon.problems("action_horizon", 0)
-        [Problem(cause='--action-horizon is 0', fix='give a positive whole number')]
+        >>> depth = Option(kind=Number(), help="Number of layers to take.")
+        >>> depth.problems("layer_count", 0)
+        [Problem(cause='--layer-count is 0', fix='give a positive whole number')]
     """
 
     help: str

@@ -1,12 +1,12 @@
-"""A model of one's own: two stacked layers with LoRA, and an embedding. Nothing of bridge is edited.
+"""A family of one's own: two stacked layers with LoRA, and an embedding. Nothing of bridge is edited.
 
 The tables below are all there is to write: names, and axis equations. Sizes come from the
 checkpoint; export, restore and LoRA are derived.
 """
 
-from bridge import Adapter, Factors, Model, Part, Rule
+from bridge import Factoring, Family, Model, Part, Rule
 
-EINSUM = Factors(leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
+EINSUM = Factoring(leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
 
 BODY = Part(
     "body",
@@ -17,4 +17,4 @@ BODY = Part(
     ),
 )
 
-ADAPTER = Adapter("toy", (Model("toy", (BODY,)),))
+FAMILY = Family(name="toy", models=(Model(name="toy", parts=(BODY,)),))
