@@ -21,7 +21,7 @@ from bridge.publish.record import RECORD, combined
 from bridge.stream.output import Output
 from bridge.stream.readers import Done, Tick
 from bridge.stream.step import run_step
-from bridge.stream.workers import Counter, Load, Progress, Stopped, on_threads, schedule
+from bridge.stream.workers import STOPPED, Counter, Load, Progress, Stopped, on_threads, schedule
 
 ABANDONED = ".abandoned"
 """In the private directory, once what is being made there is not wanted any more."""
@@ -237,7 +237,7 @@ class _Unless:
 
     def __call__(self, count: int) -> None:
         if self.abandoned.exists():
-            raise Stopped
+            raise Stopped(STOPPED)
 
 
 def peak_memory() -> int:

@@ -72,8 +72,9 @@ def schedule(
 class Stopped(Refusal):
     """Raised inside a task that is not needed any more."""
 
-    def __init__(self) -> None:
-        super().__init__(Problem("stopped", "see the first error"))
+
+#: what it says; from a process of its own it is pickled, so it is made as every refusal is
+STOPPED = Problem("stopped", "see the first error")
 
 
 class Counter:
@@ -112,7 +113,7 @@ def on_threads(
 
     def stoppable(count: int) -> None:
         if stop.is_set():
-            raise Stopped
+            raise Stopped(STOPPED)
         tick(count)
 
     # a worker is a thread already: threads of the linear algebra's own would only wait for each other

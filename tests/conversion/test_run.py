@@ -287,7 +287,9 @@ def test_no_more_steps_at_once_than_workers(step: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_there_is_always_a_worker(step: Path, tmp_path: Path, workers: int) -> None:
-    assert planned(step, tmp_path / "out", workers=workers).workers == 1
+    with pytest.raises(bridge.Refusal, match=f"--workers is {workers}"):
+        planned(step, tmp_path / "out", workers=workers)
+    assert planned(step, tmp_path / "out", workers=1).workers == 1
 
 
 def test_run_steps_gives_results_in_the_order_of_the_plan(step: Path, tmp_path: Path) -> None:
