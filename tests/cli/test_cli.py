@@ -64,7 +64,7 @@ def test_an_adapter_is_proven_in_words_and_in_json(tmp_path: Path) -> None:
 def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
     run = bridge("convert", "--to", "torch-merged", *ALPHAS, "--json", SAMPLE, tmp_path / "out")
     said = json.loads(run.stdout)
-    assert (said["model"], said["route"], said["loss"]) == ("pi0", ["fold"], "drop")
+    assert (said["model"], said["route"], said["loss"]) == ("pi0", ["fold"], "lossy")
     assert said["scales"]["expert"]["scale"] == 0.5
     assert said["checksum"] in run.stderr
     record = json.loads((tmp_path / "out" / "bridge.json").read_text())

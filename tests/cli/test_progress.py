@@ -146,7 +146,17 @@ def ended(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """What the command prints about a run of seven seconds on two workers that spent so much."""
 
     def end(spent: Timings) -> str:
-        result = Result(tmp_path / "out", 10, 20, 3, 7.0, 40, "sum", spent, workers=2)
+        result = Result(
+            destination=tmp_path / "out",
+            bytes_read=10,
+            bytes_written=20,
+            tensors=3,
+            seconds=7.0,
+            peak_memory=40,
+            checksum="sum",
+            spent=spent,
+            workers=2,
+        )
         monkeypatch.setattr(Plan, "run", lambda plan, progress=None, executor=None: result)
         arguments = [str(home / "lora"), str(tmp_path / "out"), "--to", "torch-base"]
         ran = CliRunner().invoke(convert, arguments)

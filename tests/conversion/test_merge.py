@@ -181,7 +181,7 @@ def test_assets_come_with_the_adapter_or_its_base(sources: Sources, tmp_path: Pa
 def test_record_names_both_sources(sources: Sources, tmp_path: Path) -> None:
     golden.convert(sources.home / "adapter-openpi", tmp_path / "out", base=sources.home / "base-orbax")
     record = json.loads((tmp_path / "out" / "bridge.json").read_text())
-    assert record["route"] == ["merge"] and record["loss"] == "drop"
+    assert record["route"] == ["merge"] and record["loss"] == "lossy"
     assert {key: source["format"] for key, source in record["sources"].items()} == {
         "source": "peft",
         "base": "orbax",
@@ -709,7 +709,7 @@ TENSORS = {
     "integers": Row(r"has dtype int32", tensors(lambda s: s.update({f"{DOWN}{A}": s[f"{DOWN}{A}"].int()}))),
     "no tensor at all": Row(r"holds no array", tensors(lambda s: s.clear())),
     "no known module": Row(
-        r"are no model that bridge knows",
+        r"match no supported model",
         tensors(lambda s: (s.clear(), s.update({"base_model.model.layers.0.attn.lora_A.weight": torch.ones(2, 2)}))),
     ),
     "a NaN in lora_A": Row(r"adapter.*not finite", put(f"{DOWN}{A}", float("nan")), "earlier step"),

@@ -690,7 +690,7 @@ LEAVES = [
     row(27, "an empty array", leaf(BIAS, lambda w: w[:0]), r"bias/value has shape \[0\], no element at all"),
     row(27, "a scalar", leaf(BIAS, lambda w: w[0]), r"action_in_proj/bias has 0 axes"),
     row(27, "no array", no_array, r"holds no array"),
-    row(27, "20,000 leaves", many_leaves, r"these \d+ names are no model that bridge knows"),
+    row(27, "20,000 leaves", many_leaves, r"these \d+ names match no supported model"),
     row(27, "20,000 leaves that are not there",
         metadata(lambda d: d["tree_metadata"].update({str(n): e for n in range(20_000) for e in listed("params",
         f"w{n}").values()})), r"and 19800 more problems"),

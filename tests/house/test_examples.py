@@ -109,7 +109,7 @@ def test_without_the_package_the_model_is_unknown(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 1
-    assert "these 1 names are no model that bridge knows" in run.stderr
+    assert "these 1 names match no supported model" in run.stderr
 
 
 def test_readme_links_every_example_and_names_only_what_exists() -> None:

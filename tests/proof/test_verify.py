@@ -53,6 +53,7 @@ DIRECTIONS = [
     *((name, a, b) for name, states in STATES.items() for a in states for b in states),
     *((name, "orbax", other) for name, others in OTHERS.items() for other in others),
     *((name, other, "orbax") for name, others in OTHERS.items() for other in others),
+    ("pi0_lora", "merged", "remerged"),
     ("pi0_lora", "lerobot", "transformers"),
     ("pi0_lora", "adapter", "adapter-kept-alpha"),
     ("pi0_lora", "merged-bfloat16", "adapter"),
@@ -113,17 +114,6 @@ def state(form: Form) -> State:
 
 
 # Two merges of one LoRA.
-
-
-def test_merges_by_other_routes_agree_up_to_rounding(forms: dict[str, Forms]) -> None:
-    """Scales that are powers of two round nothing; whether matrix products do differently is the machine's."""
-    of = forms["pi0_lora"]
-    verdict = verify(of, of["merged"], of["remerged"])
-    assert {problem.cause.split(": ")[0] for problem in verdict.problems} <= golden.merged_names(
-        of.golden.leaves
-    )
-    assert max(check.relative for check in verdict.checks) < TOLERANCE
-    assert verify(of, of["merged"], of["remerged"], rtol=1e-6).holds
 
 
 def test_merges_that_round_differently_need_a_tolerance(forms: dict[str, Forms]) -> None:
