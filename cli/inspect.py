@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path")
-@click.option("--from", "from_", help="Format of PATH; it tells itself as a rule.")
+@click.option("--from", "from_", help="Format of PATH; detected automatically.")
 @common
 def inspect(path: str, from_: str | None, as_json: bool) -> None:
-    """Say what PATH is: format, model, experts, ranks, dtypes, sizes, what was trained, assets.
+    """Describe the checkpoint at PATH: format, model, dimensions, LoRA ranks, dtypes, what was trained, assets.
 
-    Reads names and shapes only. Exit status 1 when a fault is found.
+    Reads names and shapes only. Exit status 1 when a problem is found.
     """
     import bridge
 
@@ -54,7 +54,7 @@ def _print(description: Description) -> None:
     for note in description.notes:
         say(f"  note        {note}")
     for problem in description.problems:
-        say(f"  {click.style('fault', fg='red')}       {problem}")
+        say(f"  {click.style('problem', fg='red')}     {problem}")
 
 
 def _row(part: PartDescription) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ def _lora(part: PartDescription) -> str:
     alpha = part.lora["stock_alpha"]
     rank = "/".join(str(each) for each in dict.fromkeys(ranks.values()))
     dtypes = ", ".join(part.lora["dtypes"])
-    if not ranks.keys() <= {"attention", "feed-forward"}:
+    if len(set(ranks.values())) > 1:
         named = dict.fromkeys(ranks.values())
         kinds = (f"{', '.join(sorted(m for m in ranks if ranks[m] == each))} {each}" for each in named)
         return f"ranks {'; '.join(kinds)}, {dtypes}"

@@ -32,7 +32,7 @@ _NO_MEMORY = ("can't start new thread", "failed to map segment", "cannot allocat
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    """openpi's pi0 and pi0.5 policies between JAX and PyTorch, LoRA included.
+    """Convert models fine-tuned in JAX to PyTorch and back, LoRA included, with proof.
 
     \b
     bridge inspect checkpoints/my_run/29999
@@ -46,7 +46,7 @@ for command in (convert, verify, diff, inspect, routes, demo):
 
 
 def main() -> NoReturn:
-    """Run the command, and end the process whatever threads are still about."""
+    """Run the command, and end the process whatever threads are still running."""
     status = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -108,8 +108,8 @@ def _problems(error: Exception) -> tuple[Problem, ...]:
         return (Problem(f"out of memory: {said}", fix),)
     return (
         Problem(
-            f"{type(error).__name__}: {error} (a fault of bridge's own, nothing was written)",
-            "run again with --debug and report what it prints",
+            f"{type(error).__name__}: {error} (internal error in bridge; please report it)",
+            "run again with --debug, and report what it prints",
         ),
     )
 

@@ -32,7 +32,7 @@ SHOWN = 12
     cls=GroupedOption,
     group=CHECKS,
     is_flag=True,
-    help="Also sample actions with stock transformers (pi0), and compare them with --reference.",
+    help="Also run the whole model on a recorded input, and compare its output with --reference.",
 )
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
 @common
@@ -41,15 +41,15 @@ def verify(
 ) -> None:
     """Prove that SRC and DST are the same policy; exit status 1 when they are not.
 
-    Random inputs go through openpi's equations in jax on one side and through torch on the other; all other
-    weights must be equal after the cast; checksums and norm stats are compared. SRC alone is checked against
-    its own bridge.json.
+    Random inputs go through the JAX runtime's equations on one side and through torch on the other; all other
+    weights must be equal after the cast; checksums and the files beside the weights are compared. SRC alone is
+    checked against its own bridge.json.
     """
     import bridge
 
     if full_model != (options["reference"] is not None):
         raise click.UsageError(
-            "--full-model and --reference go together: the one runs what the other recorded"
+            "--full-model and --reference go together: the model is run on what was recorded"
         )
     with progress("verifying", quiet=as_json) as show:
         verdict = bridge.verify(src, dst, progress=show, **options)
@@ -87,15 +87,19 @@ def _print(verdict: Verdict) -> None:
         say("")
         _precision(verdict)
     for name, good in verdict.files.items():
-        say(f"file {'holds  ' if good else click.style('fails  ', fg='red')} {name}")
+        say(f"file         {'verified' if good else click.style('failed', fg='red')}: {name}")
     if verdict.actions is not None:
         actions = verdict.actions
         say(
-            f"actions      max_abs {actions['max_abs']:.1e}, mean_abs {actions['mean_abs']:.1e} "
-            f"({actions['allowed']:.0e} allowed), sampled by stock transformers"
+            f"full model   {verdict.output}: max_abs {actions['max_abs']:.1e}, mean_abs {actions['mean_abs']:.1e} "
+            f"({actions['allowed']:.0e} allowed), run by {verdict.runtime}"
         )
     if verdict.holds:
-        say(click.style("the same policy" if verdict.checks else "as written", fg="green", bold=True))
+        say(
+            click.style(
+                "the same policy" if verdict.checks else "matches its bridge.json", fg="green", bold=True
+            )
+        )
         return
     for problem in verdict.problems[:SHOWN]:
         say(f"{click.style('fails', fg='red')}        {problem.cause}")
@@ -103,27 +107,24 @@ def _print(verdict: Verdict) -> None:
         say(f"             and {len(verdict.problems) - SHOWN} more: --json lists them all")
     for fix in dict.fromkeys(problem.fix for problem in verdict.problems):
         say(f"fix          {fix}")
-    said = "not the same policy" if verdict.checks else "not as written"
-    say(click.style(said, fg="red", bold=True))
+    conclusion = "not the same policy" if verdict.checks else "does not match its bridge.json"
+    say(click.style(conclusion, fg="red", bold=True))
 
 
 def _precision(verdict: Verdict) -> None:
-    """What the largest relative errors are, in the two precisions."""
+    """The largest relative errors in the two precisions."""
     worst = verdict.worst("runtime")
     if worst is None:
         return
-    say(
-        f"float32      outputs differ by {worst.relative:.1e} of the largest one at most; rounding may make "
-        f"{worst.allowed:.1e}"
-    )
+    say(f"float32      max relative error {worst.relative:.1e} (tolerance {worst.allowed:.1e})")
     narrow = max((check.bfloat16 or 0.0 for check in verdict.checks), default=0.0)
-    say(f"bfloat16     {narrow:.1e} at most when both compute in it, as policies run")
+    say(f"bfloat16     max relative error {narrow:.1e} when both sides compute in it, as at inference")
 
 
 def _table(verdict: Verdict) -> None:
     groups: defaultdict[tuple[str, str], list[Check]] = defaultdict(list)
     for check in verdict.checks:
-        key = check.leaf.removeprefix("PaliGemma/") if check.kind == "runtime" else f"{check.part}, equality"
+        key = check.leaf if check.kind == "runtime" else f"{check.part}, equality"
         groups[check.kind, key].append(check)
     head = ("weights", "count", "max_abs", "mean_abs", "relative", "allowed", "in bfloat16")
     rows = [head]

@@ -29,7 +29,7 @@ class VerifyOptions(SourceOptions, total=False):
         Option(
             kind=File(),
             group=CHECKS,
-            help="Recorded observation, noise and actions (.npz) to compare with.",
+            help="Recorded input and output of the JAX runtime (.npz), for --full-model.",
         ),
     ]
 

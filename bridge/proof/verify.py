@@ -46,12 +46,15 @@ class Verdict:
     problems: tuple[Problem, ...] = ()
     """Failed checks, the worst first."""
     actions: Mapping[str, float] | None = None
+    """How far the whole model's output is from the recorded one: max_abs, mean_abs, allowed."""
     unused: Mapping[str, str] = field(default_factory=dict)
     """Tensors that no runtime uses, and are not compared -> why."""
     scales: tuple[str, ...] = ()
     """What the runtime multiplies LoRA products by, and where that is known from."""
     runtime: str = ""
     """What ran the whole model, if anything did."""
+    output: str = ""
+    """What was compared of the whole model, such as logits."""
 
     @property
     def holds(self) -> bool:
@@ -163,6 +166,7 @@ def verify(
         unused={name: why for side in (a, b) for name, why in _unused(side).items()},
         scales=tuple(dict.fromkeys(_scales(a, recorded=not given) + _scales(b, recorded=not given))),
         runtime=full_model.runtime if full_model is not None else "",
+        output=full_model.output if full_model is not None else "",
     )
 
 

@@ -105,7 +105,7 @@ def _verdict_facts(verdict: Verdict) -> Iterable[tuple[str, str]]:
         yield "files", Html("".join(lines))
     if verdict.actions is not None:
         numbers = ", ".join(f"{key} {value:.1e}" for key, value in verdict.actions.items())
-        yield "actions", f"{numbers}; sampled by stock transformers"
+        yield verdict.output, f"{numbers}; run by {verdict.runtime}"
     if verdict.unused:
         lines = [tag("div", name(each), f": {why}") for each, why in verdict.unused.items()]
         yield "not used", Html("".join(lines))

@@ -183,7 +183,7 @@ def bridge_verify(*arguments: object) -> Result:
 
 def test_an_output_is_checked_against_its_own_record(forms: dict[str, Forms], tmp_path: Path) -> None:
     merged = forms["pi0_base"]["merged"].path
-    assert "as written" in (run := bridge_verify(merged)).stdout and run.exit_code == 0
+    assert "matches its bridge.json" in (run := bridge_verify(merged)).stdout and run.exit_code == 0
     bare = checkpoints.save({"x": golden.golden("pi0_base").leaves["action_in_proj/bias"]}, tmp_path / "100")
     run = bridge_verify(bare)
     assert run.exit_code == 1 and "has no bridge.json to check" in run.stdout
@@ -198,7 +198,7 @@ def test_what_the_terminal_says(forms: dict[str, Forms]) -> None:
         "lora scale   expert: rank 8, alpha 4 (from bridge.json), alpha/rank = 0.5",
         "lm_head.weight: the action expert predicts no tokens",
         "in bfloat16",
-        "file holds",
+        "file         verified: ",
         "the same policy",
     ):
         assert said in run.stdout
