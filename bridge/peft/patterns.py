@@ -15,12 +15,12 @@ MAX_COUNTED = 1000
 _FOREIGN = re.compile(r"\{[^}]*[^\d,}][^}]*\}|\(\?(?:[R0-9&|]|P>|[a-zA-Z]*[bBefprVwW])|\\[LpPKGXRhHmMN]|\[:")
 #: the upper bound of a counted repeat; five digits exceed any limit
 _COUNTED = re.compile(r"\{(?:\d*,)?0*(\d{1,5})")
-#: time for all patterns of an adapter and all of its modules together
+#: for all patterns of an adapter and all of its modules together: processor time, as a busy machine is no fault
 SECONDS = 2.0
 
 
 class Clock:
-    """A time budget that all matches of untrusted patterns share."""
+    """A budget of processor time that all matches of untrusted patterns share."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._left = seconds
