@@ -88,7 +88,7 @@ def factor_problems(source: Source, fit: Fit, sizes: Mapping[str, int]) -> list[
         if any(there) and not all(there):
             a, b = rule.factor_leaves
             apart.append((a, b) if there[0] else (b, a))
-        else:
+        elif rule.leaf in stored:
             groups.setdefault((part.name, rule.lora.rank), {}).setdefault(all(there), []).append(rule.leaf)
     # both of a pair differ from those of other layers in the same numbers
     pairs = zip(grouped(have for have, _ in apart), grouped(lack for _, lack in apart), strict=True)
