@@ -17,7 +17,7 @@ from bridge.arrays import Spec
 from bridge.lora.factors import Matrices
 from bridge.rules.equation import Index
 from bridge.rules.factoring import FactorAxes
-from bridge.stream.writers import FactorWriter
+from bridge.stream.factor_writers import FactorWriter
 
 Array = npt.NDArray[Any]
 
