@@ -76,12 +76,13 @@ def shape_problems(inputs: Inputs) -> list[Problem]:
     adapter, base = inputs.source, inputs.base
     assert base is not None
     ours, theirs = base.weight_specs(), adapter.weight_specs()
+    # in the model's order, whatever the containers'
+    known = dict.fromkeys(name for bound in base.bound() for name in bound.names.values())
     misfits = [
-        f"{name} is {list(ours[name].shape)} in the base, {list(spec.shape)} in the adapter"
-        for name, spec in theirs.items()
-        if name in ours and spec.shape != ours[name].shape
+        f"{name} is {list(ours[name].shape)} in the base, {list(theirs[name].shape)} in the adapter"
+        for name in known
+        if name in ours and name in theirs and ours[name].shape != theirs[name].shape
     ]
-    known = {name for bound in base.bound() for name in bound.names.values()}
     misfits += [
         f"{name} is not in the base" for name in (*adapter.modules, *adapter.stored) if name not in known
     ]

@@ -507,7 +507,7 @@ def test_without_a_record_they_are_stock(home: Home, record: str | None) -> None
 def test_a_plan_says_what_it_will_do(home: Home) -> None:
     _, adapter = home.adapter()
     plan = bridge.plan(adapter, None, to="orbax", base=home.base, **NAMED)
-    assert plan.loss.name == "GAUGE" and [edge.name for edge in plan.route] == ["join"]
+    assert plan.loss.name == "EQUIVALENT" and [edge.name for edge in plan.route] == ["join"]
     text = str(plan)
     assert "paligemma: rank 5, alpha 8 (given), alpha/rank = 1.6" in text
     assert "feed-forward: 1, openpi's runtime applies no scale there" in text
@@ -601,7 +601,7 @@ def test_blocks_that_training_filled_are_refused(home: Home) -> None:
     found = refusal(home, adapter)
     said = str(found)
     form = (
-        r"([\w.]+\.layers)\.(\d+|\{0\.\.1\})\.self_attn\.q_proj has rank (\d+), and training filled it off the "
+        r"([\w.]+\.layers)\.(\d+|\{0\.\.1\})\.self_attn\.q_proj has rank (\d+) and non-zero entries outside its "
         r"(\d+) diagonal blocks \(up to (\S+) of the largest entry\)"
     )
     numbers = {}
@@ -631,14 +631,14 @@ def test_blocks_that_training_filled_are_refused(home: Home) -> None:
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
-        ({"r": 6}, NAMED, r"layers\.\{0\.\.1\}\.mlp\.down_proj has rank 6, and openpi's is 5"),
-        ({"r": 6}, NAMED, r"gemma_expert\S+q_proj has rank 6, and openpi's is 3"),
+        ({"r": 6}, NAMED, r"layers\.\{0\.\.1\}\.mlp\.down_proj has rank 6; openpi's is 5"),
+        ({"r": 6}, NAMED, r"gemma_expert\S+q_proj has rank 6; openpi's is 3"),
         (
             {"r": 14},
             {"rank": 3, "lora_alpha": 3.0},
-            r"q_proj has rank 14, and training filled it off the 7 diagonal",
+            r"q_proj has rank 14 and non-zero entries outside its 7 diagonal blocks",
         ),
-        ({"r": 17}, {}, r"paligemma\.model\S+ has rank 17, and openpi's is 16"),
+        ({"r": 17}, {}, r"paligemma\.model\S+ has rank 17; openpi's is 16"),
         (
             {"rank_pattern": {r".*\.1\.self_attn\.v_proj": 9}},
             NAMED,
@@ -659,7 +659,7 @@ def test_blocks_of_a_larger_rank_are_refused(home: Home) -> None:
     _, adapter = filled(home)
     shutil.rmtree(adapter)
     found = refusal(home, home.directory / "made", rank={"paligemma": 4, "expert": 3}, lora_alpha=3.0)
-    assert re.search(r"q_proj has 7 blocks of rank 5, and openpi's rank is 4", str(found))
+    assert re.search(r"q_proj has 7 blocks of rank 5; openpi's rank is 4", str(found))
     assert "gemma_expert" not in str(found)
 
 
@@ -703,7 +703,7 @@ def test_lossy_says_its_true_error(home: Home, kind: str, record_property: Recor
         options = NAMED
     output = home.directory / "lossy"
     plan = bridge.plan(adapter, output, to="orbax", base=home.base, lossy=True, **options)
-    assert plan.loss.name in ("ROUND", "DROP")  # not the same function: it must not say so
+    assert plan.loss.name in ("ROUNDED", "LOSSY")  # not the same function: it must not say so
     stated = dict(
         re.fullmatch(r"approximated: (\S+) (\S+)", note).groups()  # type: ignore[union-attr]
         for note in plan.notes
@@ -749,7 +749,7 @@ def test_lossy_says_its_true_error(home: Home, kind: str, record_property: Recor
 def test_lossy_loses_nothing_that_fits(home: Home) -> None:
     _, adapter = home.adapter(r=3)
     plan = bridge.plan(adapter, None, to="orbax", base=home.base, lossy=True, **NAMED)
-    assert not any("approximated" in note for note in plan.notes) and plan.loss.name == "GAUGE"
+    assert not any("approximated" in note for note in plan.notes) and plan.loss.name == "EQUIVALENT"
     exact, lossy = home.join(adapter, **NAMED), home.join(adapter, lossy=True, **NAMED)
     assert differing(exact, lossy) == set()
 
@@ -760,22 +760,22 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     # name: (options, the cause, what to do)
     "alpha unknown": (
         {"rank": 5},
-        r"paligemma gets LoRA of rank 5, and the alpha",
+        r"paligemma gets LoRA of rank 5, but the alpha openpi will use",
         r"--lora-alpha paligemma=ALPHA",
     ),
     "alpha of one unknown": (
         {"rank": RANK, "lora_alpha": {"expert": 3.0}},
-        r"paligemma gets LoRA of rank 5, and the alpha that openpi will use is unknown",
+        r"paligemma gets LoRA of rank 5, but the alpha openpi will use is unknown",
         r"--lora-alpha paligemma=ALPHA",
     ),
     "no such expert": (
         {"rank": {"exprt": 3}},
-        r"--rank names exprt, which carries no LoRA",
+        r"--rank names exprt, which cannot carry LoRA",
         "expert, paligemma",
     ),
     "rank of a tower": (
         {"rank": {"siglip": 3}},
-        r"--rank names siglip, which carries no LoRA",
+        r"--rank names siglip, which cannot carry LoRA",
         "expert, paligemma",
     ),
     "alpha of nobody": (
@@ -847,7 +847,7 @@ def test_an_alpha_for_an_expert_without_lora_is_refused(plain: tuple[Home, Path]
     """It would be ignored in silence; with `--rank` it is not."""
     home, _ = plain
     _, adapter = trained(home.state, tmp_path / "adapter", target_modules=EXPERT_ONLY)
-    says = r"--lora-alpha is given for paligemma, which the adapter does not touch"
+    says = r"--lora-alpha names paligemma, which the adapter does not touch"
     refused(home, adapter, tmp_path, says, "--rank paligemma=RANK", rank={"expert": 3}, lora_alpha=ALPHA)
 
 
@@ -875,7 +875,7 @@ def config(**fields: Any) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a twin lost": (change(r"expert.*\.0\.\S+up_proj\.lora_B", lambda _: None), r"lora_B\.weight is missing"),
-    "a rank that the config does not have": (config(r=4), r"has rank 3, and the config gives it 4"),
+    "a rank that the config does not have": (config(r=4), r"has rank 3 but the config gives it 4"),
     "not finite": (
         change(r"expert.*\.1\.\S+q_proj\.lora_A", lambda a: a * torch.nan),
         r"layers\.1\.self_attn\.q_proj\.lora_A\.weight contains NaN or infinite values",

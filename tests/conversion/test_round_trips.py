@@ -294,7 +294,7 @@ def test_merged_both_ways(case: Case, tmp_path: Path) -> None:
     before the product in one and after in the other.
     """
     plan = bridge.plan(case.adapter(), tmp_path / "one", to="orbax", fold=True, base=case.torch_base())
-    assert plan.loss.name == "DROP" and [edge.name for edge in plan.route] == ["merge", "import"]
+    assert plan.loss.name == "LOSSY" and [edge.name for edge in plan.route] == ["merge", "import"]
     plan.run()
     bridge.convert(case.path, tmp_path / "torch", to="torch-merged", **case.options)
     bridge.convert(tmp_path / "torch", tmp_path / "two", to="orbax")

@@ -335,7 +335,10 @@ UNTOLD: dict[str, Callable[[Path], object]] = {
 def test_unknown_heads_are_refused(exported: tuple[Tree, Path], files: str, tmp_path: Path) -> None:
     shutil.copytree(exported[1], tmp_path / "torch")
     UNTOLD[files](tmp_path / "torch")
-    says = r"do not tell paligemma\.dim, paligemma\.group, paligemma\.head, siglip\.dim, siglip\.head"
+    says = (
+        r"cannot infer paligemma\.dim, paligemma\.group, paligemma\.head, siglip\.dim, siglip\.head "
+        r"from tensor shapes"
+    )
     refused(tmp_path, says, "config.json")
 
 
@@ -631,7 +634,7 @@ Q_PROJ = "paligemma_with_expert.paligemma.model.language_model.layers.2.self_att
 BAD: dict[str, tuple[Callable[[State], object], str, str]] = {
     "both names, different": (
         untied,
-        r"embed_tokens\S+ and \S+lm_head\S+ are one tensor in openpi",
+        r"embed_tokens\S+ and \S+lm_head\S+ are tied in openpi but differ in this checkpoint",
         "untied",
     ),
     "a layer lost": (
@@ -666,7 +669,7 @@ BAD: dict[str, tuple[Callable[[State], object], str, str]] = {
         r"state_proj\.bias has dtype int8",
         "bfloat16",
     ),
-    "not finite": (nan(LM_HEAD), r"input_embedding contains NaN or infinite values", "copy it again"),
+    "not finite": (nan(LM_HEAD), r"input_embedding contains NaN or infinite values", "copy the checkpoint again"),
 }
 
 
@@ -708,8 +711,8 @@ def test_values_too_large_for_the_dtype_are_refused(pi0: tuple[Tree, Path], tmp_
         ({"rank": 4}, r"--rank has no effect from torch-merged\[base\] to orbax\[base\]"),
         ({"lossy": True}, r"--lossy has no effect from torch-merged\[base\] to orbax\[base\]"),
         ({"dtype": "float64"}, r"--dtype is float64"),
-        ({"lora_alpha": 4.0}, r"--lora-alpha is given, but there are no scaled LoRA factors are there"),
-        ({"rslora": True}, r"--rslora is given, but there are no scaled LoRA factors are there"),
+        ({"lora_alpha": 4.0}, r"--lora-alpha is given, but there are no scaled LoRA factors"),
+        ({"rslora": True}, r"--rslora is given, but there are no scaled LoRA factors"),
         ({"to": "torch-merged", "value_suffix": True}, r"no route|--value-suffix has no effect"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -448,7 +448,7 @@ def test_what_lies_beside_the_tensors(adapted: Adapted) -> None:
     assert f"{count} modules, {sum(t.numel() for t in tensors_of(home).values())} parameters" in card
 
     record = json.loads(written["bridge.json"])
-    assert record["state"] == "peft-adapter[lora]" and record["loss"] == "gauge"
+    assert record["state"] == "peft-adapter[lora]" and record["loss"] == "equivalent"
     assert record["route"] == ["split"]
     assert {part: scale["scale"] for part, scale in record["scales"].items()} == source.scales
     assert record["layout"] == adapted.layout
@@ -581,9 +581,9 @@ def test_compression_is_the_best_there_is(
     options: dict[str, Any] = {"to": "peft-adapter", "keep_alpha": keep_alpha, **source.options}
     bridge.convert(source.checkpoint, tmp_path / "full", **options)
     plan = bridge.plan(source.checkpoint, tmp_path / "small", rank=RANK, **options)
-    assert plan.loss.name == "ROUND"
+    assert plan.loss.name == "ROUNDED"
     plan.run()
-    assert json.loads((tmp_path / "small" / "bridge.json").read_text())["loss"] == "round"
+    assert json.loads((tmp_path / "small" / "bridge.json").read_text())["loss"] == "rounded"
     full, small = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "small")
     before, after = products(full), products(small)
     errors = reported(plan)
