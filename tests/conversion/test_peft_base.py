@@ -547,7 +547,13 @@ def test_bases_that_are_none(pair: Pair, tmp_path: Path) -> None:
     refused("is an adapter, not a base", tmp_path, pair.source, base=tmp_path / "adapter", **OPTIONS)
     refused("does not exist", tmp_path, pair.source, base=tmp_path / "nowhere", **OPTIONS)
     (tmp_path / "empty").mkdir()
-    refused("empty is not a checkpoint bridge recognizes", tmp_path, pair.source, base=tmp_path / "empty", **OPTIONS)
+    refused(
+        "empty is not a checkpoint bridge recognizes",
+        tmp_path,
+        pair.source,
+        base=tmp_path / "empty",
+        **OPTIONS,
+    )
     broken = {leaf: array for leaf, array in base_tree().items() if leaf != "state_proj/kernel"}
     checkpoints.save(broken, tmp_path / "broken", quick=True)
     refused("state_proj/kernel", tmp_path, pair.source, base=tmp_path / "broken", **OPTIONS)

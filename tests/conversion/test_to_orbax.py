@@ -669,7 +669,11 @@ BAD: dict[str, tuple[Callable[[State], object], str, str]] = {
         r"state_proj\.bias has dtype int8",
         "bfloat16",
     ),
-    "not finite": (nan(LM_HEAD), r"input_embedding contains NaN or infinite values", "copy the checkpoint again"),
+    "not finite": (
+        nan(LM_HEAD),
+        r"input_embedding contains NaN or infinite values",
+        "copy the checkpoint again",
+    ),
 }
 
 
