@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bridge.api import Opened, convert, load_jax, load_nnx, load_torch, open
+    from bridge.arrays import Spec
     from bridge.checkpoint.describe import Description, describe
     from bridge.checkpoint.options import SourceOptions
     from bridge.compare.diff import Comparison, diff
     from bridge.conversion.options import Options
     from bridge.conversion.plan import Plan, plan
     from bridge.conversion.run import Result, run
-    from bridge.errors import Problem, Refusal
-    from bridge.formats.contract import Format, Sink, Source
+    from bridge.errors import Problem, Refusal, SourceRefused
+    from bridge.formats.contract import Format, Sink, Source, Timings
+    from bridge.formats.disk.location import Location
     from bridge.graph import Form, State
     from bridge.proof.options import VerifyOptions
     from bridge.proof.verify import Verdict, verify
@@ -34,14 +36,16 @@ if TYPE_CHECKING:
 # No module or folder directly in bridge/ may have one of these names: importing it would replace the name.
 _HOMES = {
     "api": ("Opened", "convert", "load_jax", "load_nnx", "load_torch", "open"),
+    "arrays": ("Spec",),
     "checkpoint.describe": ("Description", "describe"),
     "checkpoint.options": ("SourceOptions",),
     "compare.diff": ("Comparison", "diff"),
     "conversion.options": ("Options",),
     "conversion.plan": ("Plan", "plan"),
     "conversion.run": ("Result", "run"),
-    "errors": ("Problem", "Refusal"),
-    "formats.contract": ("Format", "Sink", "Source"),
+    "errors": ("Problem", "Refusal", "SourceRefused"),
+    "formats.contract": ("Format", "Sink", "Source", "Timings"),
+    "formats.disk.location": ("Location",),
     "graph": ("Form", "State"),
     "proof.options": ("VerifyOptions",),
     "proof.verify": ("Verdict", "verify"),
@@ -69,6 +73,7 @@ __all__ = [
     "Format",
     "FullModel",
     "Layout",
+    "Location",
     "Model",
     "Multiple",
     "Number",
@@ -84,8 +89,11 @@ __all__ = [
     "Sink",
     "Source",
     "SourceOptions",
+    "SourceRefused",
+    "Spec",
     "State",
     "Text",
+    "Timings",
     "Tree",
     "Unused",
     "Verdict",

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Protocol, TypeVar
 
 from bridge.errors import PluginRefused, Problem
 
 DISTRIBUTION = "openpi-bridge"
 
+_REINSTALL = "reinstall or uninstall the package that registers it"
+
+
+class Plugin(Protocol):
+    """Whatever is registered: it has a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+P = TypeVar("P", bound=Plugin)
+
 
 @cache
-def load(group: str) -> tuple[Any, ...]:
+def load(group: str, kind: type[P]) -> tuple[P, ...]:
     """Every plug-in of a group, those that ship with bridge first, then by name.
 
+    Args:
+        group: of entry points.
+        kind: what they must be.
+
     Raises:
-        PluginRefused: one cannot be loaded, or two have one name.
+        PluginRefused: one cannot be loaded or is something else, or two have one name.
     """
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, P] = {}
     for point in sorted(entry_points(group=group), key=lambda point: (not _ships(point), point.name)):
+        where = f"plugin {point.name} ({point.value}) of {group}"
         try:
             plugin = point.load()
-        except (ImportError, AttributeError) as error:
-            raise PluginRefused(
-                Problem(
-                    f"plugin {point.name} ({point.value}) of {group} cannot be loaded: {error}",
-                    "reinstall or uninstall the package that registers it",
-                )
-            ) from error
+        except Exception as error:
+            # a module may raise anything; a declaration that contradicts itself raises ValueError
+            raise PluginRefused(Problem(f"{where} cannot be loaded: {error}", _REINSTALL)) from error
+        if not isinstance(plugin, kind):
+            what = f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+            raise PluginRefused(Problem(f"{where} is a {what}, not a {kind.__name__}", _REINSTALL))
         if plugin.name in loaded and loaded[plugin.name] is not plugin:
             raise PluginRefused(
                 Problem(

@@ -20,7 +20,7 @@ from bridge.conversion.to_adapter import build_adapter
 from bridge.conversion.to_pytree import build_pytree
 from bridge.conversion.to_state_dict import build_state_dict
 from bridge.errors import Problem
-from bridge.formats.contract import states
+from bridge.formats.contract import format_named, states
 from bridge.graph import Converter, Form, Loss, State
 from bridge.lora.factors import Scale
 
@@ -98,7 +98,7 @@ def converters() -> tuple[Edge, ...]:
         for source in states()
         if _is(source, row.source)
         for target in states()
-        if _is(target, row.target)
+        if _is(target, row.target) and format_named(target.format).create is not None
     )
 
 

@@ -3,7 +3,9 @@
 Formats know nothing of models.
 
 A format is a plugin (entry-point group ``bridge.formats``): a :class:`Format` whose ``open``
-returns a :class:`Source` and whose ``create`` returns a :class:`Sink`.
+returns a :class:`Source` and whose ``create`` returns a :class:`Sink`. What its arrays are
+(:class:`bridge.graph.Form`) decides which converters lead to it and from it; nothing else has to
+know of it. ``examples/own_format`` is one, in a module of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from bridge.graph import Form, State
 from bridge.plugins import load
 
 Slab = tuple[tuple[int, ...], np.ndarray]
-"""A box of an array: the position of its first element, and its values, both with all axes."""
+"""A run of an array: the position of its first element, and its values, both with all axes."""
 
 #: bytes of a slab at most, where the storage allows it
 SLAB_BYTES = 8 << 20
@@ -57,17 +59,19 @@ class Source(Protocol):
 
     @property
     def root(self) -> Location:
-        """The directory a user thinks of as the checkpoint, which contains the assets."""
+        """The directory a user thinks of as the checkpoint: assets and ``bridge.json`` are read there."""
         ...
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every array, without its data."""
+        """Every array, without its data. Names are ``/``-joined paths in a pytree, else a state_dict's;
+        dtypes are those of the values, bfloat16 that of ``ml_dtypes``, however they are stored."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Metadata beside the arrays: a file header's, a config."""
+        """Metadata beside the arrays: a file header's, by its keys; of a state_dict, a ``config.json`` beside
+        it under that name; of an adapter, its ``adapter_config.json``."""
         ...
 
     @property
@@ -77,7 +81,8 @@ class Source(Protocol):
 
     @property
     def stamps(self) -> Mapping[str, Stamp]:
-        """The state of the local files it reads, when it was opened."""
+        """The state of the local files it reads, when it was opened: :func:`bridge.formats.disk.stamps.take_stamps`
+        before the first is read. A conversion during which one of them changes is refused."""
         ...
 
     def stored_bytes(self, name: str) -> int:
@@ -101,16 +106,27 @@ class Source(Protocol):
     ) -> Iterator[Slab]:
         """The array in C order, slab by slab; a slab is valid until the next.
 
+        Slabs are runs that follow each other: checksums are taken over them as they come. An array without
+        axes is one slab, at the position ``()``.
+
         Args:
             name: of the array.
-            shape: another shape of the same number of elements, to slice the array by.
+            shape: another shape of the same number of elements, to slice the array by: positions and values
+                have its axes. Tensors are read by the axes that their rule gives them.
             spent: the time it takes is added to these.
+
+        Raises:
+            SourceRefused: it cannot be read.
         """
         ...
 
 
 class Sink(Protocol):
-    """A container being written. Picklable; arrays come in any order, from any worker."""
+    """A container being written. Picklable; arrays come in any order, from any worker.
+
+    Every array is written completely and nothing twice, but for those of zeros, which are never written.
+    Workers may be other processes: what is written is in the files, not in the object.
+    """
 
     def write(self, name: str, array: np.ndarray, at: tuple[int, ...] | None = None) -> None:
         """Write an array of its declared dtype, all of it or a run of it.
@@ -121,7 +137,8 @@ class Sink(Protocol):
         ...
 
     def finish(self) -> None:
-        """Make all writes durable. Called once, after the last write."""
+        """Make all writes durable, and the container complete. Called once, after the last write, in the
+        process that created it."""
         ...
 
 
@@ -131,14 +148,25 @@ class Format:
 
     name: str
     states: tuple[State, ...]
-    """The states of the graph with this container; all have the same form."""
+    """The states of the graph with this container; all have the same form. A container of pytrees has two,
+    with ``"base"`` and with ``"base+lora"``."""
     claims: Callable[[Location], bool]
     """Whether a path looks like this format, complete or not; cheap."""
     open: Callable[[Location], Source]
     """Opens a path for reading. Raises SourceRefused with the cause and the fix."""
     create: Callable[[Path, Mapping[str, Spec], Mapping[str, str], Collection[str]], Sink] | None = None
     """Creates the container in an empty directory, from the arrays to come, the header metadata, and
-    the names of arrays that are all zeros and are never written."""
+    the names of arrays that are all zeros and are never written; None for a format that is only read.
+
+    The directory is renamed once it is complete, other files are put beside the container's, and before
+    that ``open`` must read back the very specs. The same arrays must give the same bytes. Adapters are
+    written as PEFT reads them, which proves each before it is published: by the format that ships."""
+
+    def __post_init__(self) -> None:
+        if not self.states or any(
+            (state.form, state.format) != (self.form, self.name) for state in self.states
+        ):
+            raise ValueError(f"format {self.name}: its states must have its name as format, and one form")
 
     @property
     def form(self) -> Form:
@@ -148,7 +176,7 @@ class Format:
 
 def formats() -> tuple[Format, ...]:
     """All installed formats. Raises PluginRefused if one cannot be loaded."""
-    return load("bridge.formats")
+    return load("bridge.formats", Format)
 
 
 def format_named(name: str) -> Format:

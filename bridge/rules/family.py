@@ -134,4 +134,4 @@ class Family:
 
 def families() -> tuple[Family, ...]:
     """Every installed family. Raises PluginRefused when one cannot be loaded."""
-    return load("bridge.adapters")
+    return load("bridge.adapters", Family)
