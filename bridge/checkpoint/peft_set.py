@@ -43,7 +43,7 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
     for family in families():
         for known in family.models:
             for layout in known.layouts:
-                places = place_weights(known, layout, set(names.values()))
+                places = place_weights(known, layout, dict.fromkeys(names.values()))
                 if places and (len(places), known.name == expected) > rank:
                     rank = (len(places), known.name == expected)
                     best = (family, known, layout, places)
