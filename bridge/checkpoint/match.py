@@ -88,7 +88,8 @@ def leaf_index(model: Model) -> NameIndex[tuple[Part, Rule]]:
 def fit_weights(weights: Iterable[str]) -> list[Fit]:
     """The models, in their layouts, whose rules fit the PyTorch names best: several where names do not tell."""
     names = tuple(weights)
-    kinds = {skeleton(name)[0]: name for name in names}
+    keys = {name: skeleton(name)[0] for name in names}
+    kinds = {key: name for name, key in keys.items()}
     fits = []
     for family in families():
         for model in family.models:
@@ -102,11 +103,7 @@ def fit_weights(weights: Iterable[str]) -> list[Fit]:
                     for alias, of in model.tied.items()
                     if skeleton(layout.rename(alias))[0] in kinds
                 }
-                extra = [
-                    name
-                    for name in names
-                    if index.form_of(name) is None and skeleton(name)[0] not in optional
-                ]
+                extra = [name for name in names if keys[name] not in optional and index.form_of(name) is None]
                 fits.append(
                     Fit(
                         family=family,

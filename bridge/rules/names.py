@@ -27,10 +27,11 @@ _PLACEHOLDER = re.compile(r"([^{}]*)\{(\w+)(?::([\w|]+))?\}")
 # "007" is not how a layer is named: reading it as 7 would make two names the same
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _NUMBERED = re.compile(rf"(|.*\D)({_NUMBER})")
-#: segments of a known name that may end in a number
+_WHOLE = re.compile(_NUMBER)
+#: segments of a name that may be read both as they stand and as a number
 MAX_NUMBERS = 6
 #: a number that is a whole segment, or ends one after an underscore
-_NUMBERS = re.compile(rf"(?:(?<![^./])|(?<=_)){_NUMBER}(?![^./])")
+_NUMBERS = re.compile(rf"(?:(?<![^./])|(?<=_))({_NUMBER})(?![^./])")
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,14 @@ class NameIndex(Generic[V]):
     templates: Mapping[Template, V]
     separator: str = "."
     _by_form: dict[Form, tuple[Template, V, dict[str, int]]] = field(default_factory=dict, repr=False)
+    _segments: set[str | tuple[str]] = field(default_factory=set, repr=False)
+    """Of all forms: with any other segment a name is unknown, which most names of most models are."""
 
     def __post_init__(self) -> None:
         for template, value in self.templates.items():
             for form, chosen in template.forms():
                 self._by_form[form] = template, value, chosen
+                self._segments.update(form)
 
     def find(self, name: str) -> tuple[V, dict[str, int]] | None:
         """What a name stands for, and its index by axis."""
@@ -148,14 +152,19 @@ class NameIndex(Generic[V]):
 
     def form_of(self, name: str) -> Form | None:
         """The form under which a name is known: equal for names that differ in their numbers alone."""
-        parts = name.split(self.separator)
-        ways: list[tuple[str | tuple[str], ...]] = []
-        for part in parts:
-            match = _NUMBERED.fullmatch(part)
-            opens = match is not None and (not match[1] or self.separator == "/")
-            ways.append((part, (match[1],)) if match is not None and opens else (part,))
-        # few segments end in a number; of two templates, the more literal comes first
-        if sum(len(way) > 1 for way in ways) > MAX_NUMBERS:
+        ways: list[list[str | tuple[str]]] = []
+        open_ways = 0
+        for part in name.split(self.separator):
+            way: list[str | tuple[str]] = [part] if part in self._segments else []
+            match = _NUMBERED.fullmatch(part) if part[-1:].isdigit() else None
+            if match is not None and (match[1],) in self._segments:
+                way.append((match[1],))
+            if not way:
+                return None
+            open_ways += len(way) > 1
+            ways.append(way)
+        # few segments are both a word and a number; of two templates, the more literal comes first
+        if open_ways > MAX_NUMBERS:
             return None
         return next((form for form in itertools.product(*ways) if form in self._by_form), None)
 
@@ -163,17 +172,14 @@ class NameIndex(Generic[V]):
 def skeleton(name: str) -> tuple[Skeleton, tuple[int, ...]]:
     """``name`` by dotted segments, its all-digit segments left open, and those numbers in order."""
     parts = name.split(".")
-    numbers = tuple(int(part) for part in parts if _is_number(part))
-    return tuple(None if _is_number(part) else part for part in parts), numbers
-
-
-def _is_number(part: str) -> bool:
-    return re.fullmatch(_NUMBER, part) is not None
+    is_number = [part[:1].isdigit() and _WHOLE.fullmatch(part) is not None for part in parts]
+    numbers = tuple(int(part) for part, number in zip(parts, is_number, strict=True) if number)
+    return tuple(None if number else part for part, number in zip(parts, is_number, strict=True)), numbers
 
 
 def numberless(name: str) -> tuple[str, ...]:
     """The text of a name around its numbers: equal for names that differ in those alone."""
-    return tuple(_NUMBERS.split(name))
+    return tuple(_NUMBERS.split(name)[::2])
 
 
 def grouped(names: Iterable[str]) -> list[str]:
@@ -186,7 +192,9 @@ def grouped(names: Iterable[str]) -> list[str]:
     """
     families: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
-        families.setdefault(numberless(name), {})[tuple(map(int, _NUMBERS.findall(name)))] = None
+        # texts and the numbers between them, in turn
+        parts = _NUMBERS.split(name)
+        families.setdefault(tuple(parts[::2]), {})[tuple(map(int, parts[1::2]))] = None
     lines: list[str] = []
     for key, members in families.items():
         columns = [sorted(set(column)) for column in zip(*members, strict=True)]

@@ -145,3 +145,15 @@ def test_grouped_takes_any_name(names: list[str]) -> None:
     lines = grouped(names)
     assert len(lines) <= len(set(names)) and all(isinstance(line, str) for line in lines)
     assert bool(lines) == bool(names)
+
+
+def test_a_name_is_known_however_many_numbers_its_words_are() -> None:
+    name = ".".join(map(str, range(12)))
+    assert NameIndex({Template(name): "w"}).find(name) == ("w", {})
+
+
+def test_an_index_refuses_a_name_that_could_be_read_in_too_many_ways() -> None:
+    # each segment is a word of one template and a number of the other
+    words, numbers = ".".join(["0"] * 30), ".".join(f"{{n{i}}}" for i in range(30))
+    index = NameIndex({Template(words + ".a"): "words", Template(numbers + ".b"): "numbers"})
+    assert index.find(words + ".c") is None
