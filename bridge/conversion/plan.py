@@ -132,9 +132,7 @@ def plan(
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root, family)
     folds = any(edge.fold for edge in way)
-    # what is in PyTorch already stays as it is
-    exports = inputs.weights.in_jax and _is_whole(target)
-    usual = family.fold_dtype if folds else family.export_dtype if exports else "keep"
+    usual = family.fold_dtype if folds else family.export_dtype if _is_whole(target) else "keep"
     request = Request(
         inputs=inputs,
         reference=reference,
