@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from bridge.conversion.request import Request
 from bridge.peft.config import A, module_of
+from bridge.rules.family import Family
+from bridge.rules.model import Model
 from bridge.stream.output import Output
 
 
@@ -40,7 +42,7 @@ def model_card(request: Request, adapter: Output) -> bytes:
         "library_name: peft",
         "---",
         "",
-        f"# LoRA adapter of a {family.runtime} {request.inputs.model.name} {family.noun}",
+        f"# LoRA adapter of a {_named(family, request.inputs.model)} {family.noun}",
         "",
         f"{modules} modules, {parameters} parameters, module paths of {adapter.layout.name}. {base}",
         "",
@@ -55,6 +57,12 @@ def model_card(request: Request, adapter: Output) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _named(family: Family, model: Model) -> str:
+    """The runtime and the model, where they are not one name."""
+    same = family.runtime.casefold() == model.name.casefold()
+    return family.runtime if same else f"{family.runtime} {model.name}"
 
 
 def _scale_rows(request: Request) -> Iterator[str]:
