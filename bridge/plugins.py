@@ -22,21 +22,24 @@ def load(group: str) -> tuple[Any, ...]:
     for point in sorted(entry_points(group=group), key=lambda point: (not _ships(point), point.name)):
         try:
             plugin = point.load()
-        except (ImportError, AttributeError) as error:
+            name = plugin.name
+        except Exception as error:
+            # loading runs the code of another package, which may raise anything
+            said = error if isinstance(error, (ImportError, AttributeError, ValueError)) else repr(error)
             raise PluginRefused(
                 Problem(
-                    f"plugin {point.name} ({point.value}) of {group} cannot be loaded: {error}",
+                    f"plugin {point.name} ({point.value}) of {group} cannot be loaded: {said}",
                     "reinstall or uninstall the package that registers it",
                 )
             ) from error
-        if plugin.name in loaded and loaded[plugin.name] is not plugin:
+        if name in loaded and loaded[name] is not plugin:
             raise PluginRefused(
                 Problem(
-                    f"two plugins of {group} are named {plugin.name}: {point.value} is the second",
+                    f"two plugins of {group} are named {name}: {point.value} is the second",
                     "uninstall one of the packages that register it",
                 )
             )
-        loaded[plugin.name] = plugin
+        loaded[name] = plugin
     return tuple(loaded.values())
 
 

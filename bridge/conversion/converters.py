@@ -20,7 +20,7 @@ from bridge.conversion.to_adapter import build_adapter
 from bridge.conversion.to_pytree import build_pytree
 from bridge.conversion.to_state_dict import build_state_dict
 from bridge.errors import Problem
-from bridge.formats.contract import states
+from bridge.formats.contract import formats, states
 from bridge.graph import Converter, Form, Loss, State
 from bridge.lora.factors import Scale
 
@@ -91,14 +91,15 @@ ROWS = (
 
 @cache
 def converters() -> tuple[Edge, ...]:
-    """Every converter between states of the installed formats."""
+    """Every converter between states of the installed formats; none to a format that is only read."""
+    written = {known.name for known in formats() if known.create is not None}
     return tuple(
         replace(row, source=source, target=target)
         for row in ROWS
         for source in states()
         if _is(source, row.source)
         for target in states()
-        if _is(target, row.target)
+        if target.format in written and _is(target, row.target)
     )
 
 
