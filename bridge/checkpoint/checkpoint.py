@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from bridge.arrays import Spec
-from bridge.errors import Problem
+from bridge.errors import CheckpointRefused, Problem
 from bridge.formats.contract import Source, format_named
 from bridge.graph import State
 from bridge.lora.factors import Scale
@@ -69,9 +69,19 @@ class Checkpoint(ABC):
 
     @cached_property
     def state(self) -> State:
-        """The node of the graph that this is."""
+        """The node of the graph that this is. Raises CheckpointRefused where its format declares none."""
         states = format_named(self.source.format).states
-        return next(each for each in states if each.contents == self.contents and not each.stripped)
+        own = (each for each in states if each.contents == self.contents and not each.stripped)
+        state = next(own, None)
+        if state is None:
+            raise CheckpointRefused(
+                Problem(
+                    f"{self.source.location} contains {self.contents}, and the format {self.source.format} "
+                    "declares no such state",
+                    "the package that registers the format must declare it",
+                )
+            )
+        return state
 
     @property
     def suffixed(self) -> bool:

@@ -91,7 +91,7 @@ ROWS = (
 
 @cache
 def converters() -> tuple[Edge, ...]:
-    """Every converter between states of the installed formats."""
+    """Every converter between states of the installed formats; none to a format that is only read."""
     return tuple(
         replace(row, source=source, target=target)
         for row in ROWS

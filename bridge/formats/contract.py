@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from bridge.arrays import Spec
+from bridge.errors import PluginRefused, Problem
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Form, State
@@ -180,8 +181,16 @@ def formats() -> tuple[Format, ...]:
 
 
 def format_named(name: str) -> Format:
-    """The installed format of this name."""
-    return next(known for known in formats() if known.name == name)
+    """The installed format of this name. Raises PluginRefused where a source or state names another."""
+    known = {each.name: each for each in formats()}
+    if name not in known:
+        raise PluginRefused(
+            Problem(
+                f"no installed format is named {name} (installed: {', '.join(known)})",
+                "the sources and states of a format must give its own name",
+            )
+        )
+    return known[name]
 
 
 def states() -> tuple[State, ...]:

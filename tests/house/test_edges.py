@@ -115,7 +115,7 @@ def test_options_find_the_new_edge(add: Add, source: Path, tmp_path: Path) -> No
 
 
 def test_between_state_dicts(add: Add, source: Path, tmp_path: Path) -> None:
-    """With no dtype asked for, what is in PyTorch already keeps its own."""
+    """One hop from names to names, where the graph had none."""
     add(
         table.Edge(
             name="relayout",
@@ -126,10 +126,11 @@ def test_between_state_dicts(add: Add, source: Path, tmp_path: Path) -> None:
             build=build_state_dict,
         )
     )
-    family = replace(SCALED.family, export_dtype="bfloat16")
-    with registered([family], alone=True):
+    with registered([SCALED.family], alone=True):
         bridge.convert(source, tmp_path / "torch", to="torch-merged", dtype="float32")
-        plan = bridge.plan(tmp_path / "torch", tmp_path / "inner", to="torch-merged", layout="inner")
+        plan = bridge.plan(
+            tmp_path / "torch", tmp_path / "inner", to="torch-merged", layout="inner", dtype="keep"
+        )
         assert [edge.name for edge in plan.route] == ["relayout"]
         plan.run()
     expected = state_of(tmp_path / "torch")
