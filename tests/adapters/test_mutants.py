@@ -50,7 +50,7 @@ def feed_forward_scaled(patch: pytest.MonkeyPatch) -> None:
     def change(rule: bridge.Rule) -> bridge.Rule:
         if rule.lora is None or rule.lora.scaled:
             return rule
-        return dataclasses.replace(rule, lora=dataclasses.replace(rule.lora, scaled=True))
+        return dataclasses.replace(rule, lora=dataclasses.replace(rule.lora, scaled=True, rank="rank"))
 
     in_rules(change)(patch)
 
