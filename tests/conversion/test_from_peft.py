@@ -510,7 +510,7 @@ def test_a_plan_says_what_it_will_do(home: Home) -> None:
     assert plan.loss.name == "EQUIVALENT" and [edge.name for edge in plan.route] == ["join"]
     text = str(plan)
     assert "paligemma: rank 5, alpha 8 (given), alpha/rank = 1.6" in text
-    assert "feed-forward: 1, openpi's runtime applies no scale there" in text
+    assert "feed-forward: 1, openpi applies no scale there" in text
     assert {f"params/{leaf}" for leaf in checkpoints.pi0_tree(lora=RANK)} == plan.specs.keys()
 
 

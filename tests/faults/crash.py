@@ -83,7 +83,7 @@ class Server:
         return self.convert(request, "-e", f"trace={call}", "-e", f"inject={call}:{what}:when={when}")
 
     def calls(self, request: dict[str, Any]) -> dict[str, list[str]]:
-        """System call -> its calls in order, in the thread that has most of them."""
+        """System call -> its calls in order, in the thread that has most of those worth failing."""
         status = self.convert(request, "-e", "trace=" + ",".join(f"?{call}" for call in CALLS))
         assert status == DONE, status
         found: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -92,7 +92,11 @@ class Server:
                 found[match[2], match[1]].append(match[3])
         names = {name for name, _ in found}
         return {
-            name: max((lines for (of, _), lines in found.items() if of == name), key=len) for name in names
+            name: max(
+                (lines for (of, _), lines in found.items() if of == name),
+                key=lambda lines: sum(_is_target(name, line) for line in lines),
+            )
+            for name in names
         }
 
     def _ask(self, request: object) -> str:
@@ -107,8 +111,12 @@ def targets(calls: dict[str, list[str]]) -> list[tuple[str, int]]:
         (name, number)
         for name, lines in sorted(calls.items())
         for number, line in enumerate(lines, 1)
-        if name != "openat" or "O_CREAT" in line
+        if _is_target(name, line)
     ]
+
+
+def _is_target(name: str, line: str) -> bool:
+    return name != "openat" or "O_CREAT" in line
 
 
 def _serve() -> None:

@@ -70,7 +70,10 @@ def test_other_actions_are_seen(forms: Forms, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("form", "said"),
-    [("joined", "transformers runs pi0 from PyTorch weights"), ("adapter", "modules of openpi's network")],
+    [
+        ("joined", "from PyTorch weights: pi0 in transformers"),
+        ("adapter", "modules of openpi, but transformers"),
+    ],
 )
 def test_what_transformers_cannot_run_is_refused(form: str, said: str, forms: Forms) -> None:
     with pytest.raises(Refusal, match=said) as refused:
@@ -88,7 +91,7 @@ def test_reference_without_noise_is_refused(forms: Forms, tmp_path: Path) -> Non
     arrays = dict(np.load(REFERENCE))
     del arrays["noise"]
     np.savez(tmp_path / "bare.npz", **arrays)
-    with pytest.raises(Refusal, match="has no noise"):
+    with pytest.raises(Refusal, match="lacks noise"):
         verify(forms["orbax"], forms["merged"], tmp_path / "bare.npz")
 
 
