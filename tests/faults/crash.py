@@ -124,13 +124,13 @@ def _serve() -> None:
     import zstandard  # noqa: F401
 
     import bridge.conversion.run
+    import bridge.conversion.to_adapter
     import bridge.formats.disk.syscalls
-    import bridge.proof.peft_skeleton
     from bridge.formats.contract import formats
     from bridge.rules.family import families
 
     # PEFT's loading takes seconds and writes nothing
-    bridge.proof.peft_skeleton.import_peft = lambda: None  # type: ignore[assignment, return-value]
+    vars(bridge.conversion.to_adapter)["PEFT"] = None
     # write-behind is for large parts, and these are small
     bridge.formats.disk.syscalls.MIN_RANGE_BYTES = 1
     families(), formats()
