@@ -167,8 +167,28 @@ class LeafWeights:
         return leaf
 
 
+class _OneTensorEach:
+    """What readers have in common whose weights are tensors of their own, of known lengths."""
+
+    lengths: Mapping[str, int]
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        raise NotImplementedError
+
+    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
+        return self.lengths
+
+    def names(self, rule: Rule) -> tuple[str, ...]:
+        return tuple(name for _, name in self.reads)
+
+    def spec(self, leaf: Spec, sources: Sources) -> Spec:
+        source, name = self.reads[0]
+        return sources[source].specs[name]
+
+
 @dataclass(frozen=True)
-class TensorWeights:
+class TensorWeights(_OneTensorEach):
     """Weights that lie in a state_dict, each a tensor of its own."""
 
     tensors: Mapping[Index, Read]
@@ -218,19 +238,9 @@ class TensorWeights:
                 tick(values.nbytes)
         done.read[read] = digest.hexdigest()
 
-    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
-        return self.lengths
-
-    def names(self, rule: Rule) -> tuple[str, ...]:
-        return tuple(name for _, name in self.reads)
-
-    def spec(self, leaf: Spec, sources: Sources) -> Spec:
-        source, name = self.reads[0]
-        return sources[source].specs[name]
-
 
 @dataclass(frozen=True)
-class ReplacedWeights:
+class ReplacedWeights(_OneTensorEach):
     """Weights of which some are taken from elsewhere, each a tensor of its own."""
 
     weights: WeightsReader
@@ -259,16 +269,6 @@ class ReplacedWeights:
             elif region.index not in taken:
                 taken.add(region.index)
                 yield from own.regions_of(region.index, rule, sources, done, tick)
-
-    def sizes(self, rule: Rule, sources: Sources) -> Mapping[str, int]:
-        return self.lengths
-
-    def names(self, rule: Rule) -> tuple[str, ...]:
-        return tuple(name for _, name in self.reads)
-
-    def spec(self, leaf: Spec, sources: Sources) -> Spec:
-        source, name = self.reads[0]
-        return sources[source].specs[name]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bridge.formats.orbax.sink import OrbaxSink
 from bridge.stream import writers
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Tree
-from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, State
+from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, TRANSFORMERS, State
 
 #: Sizes of heads as every Gemma of openpi and its SigLIP have them: a state_dict needs no config then.
 STOCK = {"head_dim": 256, "image_heads": 16}
@@ -29,19 +29,6 @@ Q = "PaliGemma/llm/layers/attn/q_einsum/w"
 LINEAR = "PaliGemma/llm/layers/mlp/linear"
 DOWN = "paligemma_with_expert.paligemma.model.language_model.layers.{}.mlp.down_proj.weight"
 
-#: Prefixes of openpi's names and of PI0ForConditionalGeneration's own modules.
-TRANSFORMERS = {
-    "paligemma_with_expert.paligemma.model.vision_tower.vision_model.": "model.vlm.vision_tower.",
-    "paligemma_with_expert.paligemma.model.multi_modal_projector.": "model.vlm.multi_modal_projector.",
-    "paligemma_with_expert.paligemma.model.language_model.": "model.vlm.language_model.",
-    "paligemma_with_expert.paligemma.lm_head.": "model.vlm.language_model.embed_tokens.",
-    "paligemma_with_expert.gemma_expert.model.": "model.dit.",
-    "paligemma_with_expert.gemma_expert.lm_head.": "model.dit.embed_tokens.",
-    "action_in_proj.": "embed_action_time.action_in_proj.",
-    "action_out_proj.": "action_out_proj.",
-    "state_proj.": "embed_action_time.state_proj.",
-    "action_time_mlp_": "embed_action_time.action_time_mlp_",
-}
 
 CASES = [
     ("pi0", "openpi"),

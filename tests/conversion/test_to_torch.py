@@ -16,7 +16,16 @@ import xxhash
 
 import bridge
 from tests.kit import checkpoints, golden
-from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, TOLERANCE, Golden, State, differing
+from tests.kit.golden import (
+    DEAD_HEAD,
+    EMBED_TOKENS,
+    LM_HEAD,
+    TOLERANCE,
+    TRANSFORMERS,
+    Golden,
+    State,
+    differing,
+)
 from tests.kit.record import Record
 
 
@@ -237,21 +246,6 @@ def test_lerobot_has_both_embeddings_and_a_prefix(converted: Converted, tmp_path
     expected = {**converted.state, EMBED_TOKENS: converted.state[LM_HEAD]}
     assert differing({f"model.{name}": weight for name, weight in expected.items()}, state) == set()
     assert golden.header(tmp_path / "out") == {"format": "pt"}
-
-
-#: Prefixes of openpi's names and of PI0ForConditionalGeneration's own modules.
-TRANSFORMERS = {
-    "paligemma_with_expert.paligemma.model.vision_tower.vision_model.": "model.vlm.vision_tower.",
-    "paligemma_with_expert.paligemma.model.multi_modal_projector.": "model.vlm.multi_modal_projector.",
-    "paligemma_with_expert.paligemma.model.language_model.": "model.vlm.language_model.",
-    "paligemma_with_expert.paligemma.lm_head.": "model.vlm.language_model.embed_tokens.",
-    "paligemma_with_expert.gemma_expert.model.": "model.dit.",
-    "paligemma_with_expert.gemma_expert.lm_head.": "model.dit.embed_tokens.",
-    "action_in_proj.": "embed_action_time.action_in_proj.",
-    "action_out_proj.": "action_out_proj.",
-    "state_proj.": "embed_action_time.state_proj.",
-    "action_time_mlp_": "embed_action_time.action_time_mlp_",
-}
 
 
 def test_transformers_names(converted: Converted, tmp_path: Path) -> None:

@@ -48,6 +48,20 @@ DEAD_HEAD = f"{EXPERT}.lm_head.weight"
 
 BLOCK = "PaliGemma/llm/layers"
 
+#: Prefixes of openpi's names and of PI0ForConditionalGeneration's own modules.
+TRANSFORMERS = {
+    "paligemma_with_expert.paligemma.model.vision_tower.vision_model.": "model.vlm.vision_tower.",
+    "paligemma_with_expert.paligemma.model.multi_modal_projector.": "model.vlm.multi_modal_projector.",
+    "paligemma_with_expert.paligemma.model.language_model.": "model.vlm.language_model.",
+    "paligemma_with_expert.paligemma.lm_head.": "model.vlm.language_model.embed_tokens.",
+    "paligemma_with_expert.gemma_expert.model.": "model.dit.",
+    "paligemma_with_expert.gemma_expert.lm_head.": "model.dit.embed_tokens.",
+    "action_in_proj.": "embed_action_time.action_in_proj.",
+    "action_out_proj.": "action_out_proj.",
+    "state_proj.": "embed_action_time.state_proj.",
+    "action_time_mlp_": "embed_action_time.action_time_mlp_",
+}
+
 
 @dataclass(frozen=True)
 class Golden:
