@@ -40,8 +40,9 @@ def load(group: str, kind: type[P]) -> tuple[P, ...]:
         try:
             plugin = point.load()
         except Exception as error:
-            # a module may raise anything; a declaration that contradicts itself raises ValueError
-            raise PluginRefused(Problem(f"{where} cannot be loaded: {error}", _REINSTALL)) from error
+            # a declaration that contradicts itself raises ValueError and says how; any other module may raise anything
+            why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise PluginRefused(Problem(f"{where} cannot be loaded: {why}", _REINSTALL)) from error
         if not isinstance(plugin, kind):
             what = f"{type(plugin).__module__}.{type(plugin).__qualname__}"
             raise PluginRefused(Problem(f"{where} is a {what}, not a {kind.__name__}", _REINSTALL))
