@@ -17,7 +17,7 @@ CHECK := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("bridge need
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint types fuzz format clean old-orbax
+.PHONY: help setup demo test slow bench lint types fuzz format clean old-orbax
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ demo: $(INSTALLED) ## the whole tour on the small checkpoint that ships with bri
 	$(VENV)/bin/bridge demo
 
 test: $(TESTABLE) ## run the tests; PYTEST_ARGS="-k name" picks
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+slow: $(TESTABLE) ## run the tests that take long: crashes at system calls, executors of other processes
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: $(TESTABLE) ## measure at full size (half an hour, 40 GB below TMPDIR); BENCH_ARGS="--help" tells how to take less
 	$(VENV)/bin/python -m tests.benchmarks.bench $(BENCH_ARGS)

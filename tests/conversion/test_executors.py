@@ -107,7 +107,13 @@ class Slow:
             file.write(f"{word} {name}\n")
 
 
-@pytest.fixture(scope="module", params=[pickling, processes, dask], ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(make, id=make.__name__, marks=marks)
+        for make, marks in ((pickling, ()), (processes, pytest.mark.slow), (dask, pytest.mark.slow))
+    ],
+)
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     yield from request.param()
 

@@ -38,6 +38,8 @@ from tests.faults.crash import (
 from tests.kit import checkpoints
 from tests.kit.digest import snapshot
 
+pytestmark = pytest.mark.slow
+
 EXHAUSTIVE = bool(os.environ.get("BRIDGE_EXHAUSTIVE"))
 OUTPUTS: dict[str, dict[str, Any]] = {
     "safetensors": {"src": "base", "to": "torch-merged"},

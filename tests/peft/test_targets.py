@@ -196,6 +196,7 @@ def test_odd_fields_are_refused(name: str) -> None:
     ],
     ids=["target_modules", "exclude_modules", "layers_pattern"],
 )
+@pytest.mark.slow
 def test_slow_patterns_are_bounded(fields: dict[str, Any]) -> None:
     read = reading(fields)
     with pytest.raises(TimeoutError):
