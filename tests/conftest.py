@@ -28,3 +28,17 @@ def old_orbax_python() -> str:
     if not python:
         pytest.skip("no environment with openpi's pinned Orbax: `make old-orbax` makes one")
     return python
+
+
+@pytest.fixture(scope="session")
+def lerobot_python() -> str:
+    """The interpreter that has LeRobot; tests that take it carry the marker lerobot.
+
+    `make lerobot` makes it, and CI does; where it cannot be installed these tests are skipped.
+    """
+    home = Path(__file__).resolve().parents[1] / ".venv-lerobot"
+    made = home / "bin" / "python"
+    python = os.environ.get("BRIDGE_LEROBOT_PYTHON") or (str(made) if (home / ".installed").is_file() else "")
+    if not python:
+        pytest.skip("no environment with LeRobot: `make lerobot` makes one, from Python 3.12 or 3.13")
+    return python
