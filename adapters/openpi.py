@@ -30,6 +30,7 @@ from .siglip import tower
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
 _EXPERT = "paligemma_with_expert.gemma_expert"
+_EMBEDDING = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
 
 
 def _dense(name: str, inner: str, outer: str) -> tuple[Rule, ...]:
@@ -144,8 +145,11 @@ def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
             if adaptive
             else Multiple("projections.action_time", 2, "projections.width"),
         ),
-        # PyTorch keeps one tensor under both names; openpi's strict loader wants this one in the file
-        tied={f"{_PALIGEMMA}.model.language_model.embed_tokens.weight": f"{_PALIGEMMA}.lm_head.weight"},
+        # openpi's PyTorch keeps one tensor under both names, and its strict loader wants this one in the file
+        tied={_EMBEDDING: f"{_PALIGEMMA}.lm_head.weight"},
+        # LeRobot keeps two. A policy predicts no tokens: the head has no gradient, and stays what it was
+        # (lerobot, policies/pi0/modeling_pi0.py, embed_language_tokens)
+        applied=frozenset({_EMBEDDING}),
         unused=(
             Unused(
                 f"{_EXPERT}.lm_head.weight",

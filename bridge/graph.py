@@ -83,6 +83,8 @@ class Converter:
     """Whether LoRA factors are summed into the weights on the way."""
     last: bool = False
     """Whether it is only taken to a target asked for by name, never on the way to another."""
+    alone: bool = False
+    """Whether it is only taken as a whole route: what it does, every other edge does on its way."""
     needs: frozenset[str] = frozenset()
     """Inputs beside the source: ``"base"``."""
 
@@ -148,11 +150,13 @@ def _dijkstra(
         loss, hops, _, state, path = heapq.heappop(queue)
         if path and state.name == target and contents in (None, state.contents):
             return path
-        if state in done or (path and path[-1].last):
+        if path and (path[-1].last or path[-1].alone):
+            continue
+        if state in done:
             continue
         done.add(state)
         for edge in edges:
-            if edge.source == state:
+            if edge.source == state and not (edge.alone and path):
                 number += 1
                 heapq.heappush(queue, (max(loss, edge.loss), hops + 1, number, edge.target, (*path, edge)))
     return None

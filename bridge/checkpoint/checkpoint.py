@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
+
 from bridge.arrays import Spec
 from bridge.errors import CheckpointRefused, Problem
 from bridge.formats.contract import Source, format_named
 from bridge.graph import State
 from bridge.lora.factors import Scale
+from bridge.rules.equation import Index
 from bridge.rules.family import Family
-from bridge.rules.model import Bound, Layout, Model, Part
+from bridge.rules.model import Bound, Layout, Model, Part, Unused
+from bridge.rules.names import grouped
 from bridge.rules.rule import Rule
 from bridge.stream.readers import (
     FactorReader,
@@ -97,6 +101,10 @@ class Checkpoint(ABC):
         """Every leaf of the model with its sizes."""
         return self.model.bind(self.sizes)
 
+    def seen(self) -> dict[str, int]:
+        """Numbers of layers and the like, by qualified axis, as far as names tell, and one more of each."""
+        return {}
+
     def spec(self, name: str) -> Spec:
         """Of what is stored as a leaf or weight."""
         return self.source.specs[self.stored[name]]
@@ -126,6 +134,14 @@ class Checkpoint(ABC):
     def unused(self) -> dict[str, str]:
         """Arrays that stand for no weight of the model -> why they may be there."""
         return {}
+
+    def reports(self) -> list[str]:
+        """What a plan has to say of how it is read."""
+        return []
+
+    def unused_weight(self, unused: Unused) -> str | None:
+        """Name in the source of a weight that the runtime declares and never uses, where it is stored."""
+        return None
 
     @abstractmethod
     def arrays_of(self, part: Part) -> list[str]:
@@ -231,6 +247,34 @@ class WeightsCheckpoint(Checkpoint):
         reasons = self.model.optional(self.layout)
         return {name: reasons[name] for name in self.source.specs if name not in compared}
 
+    def unused_weight(self, unused: Unused) -> str | None:
+        name = self.layout.rename(unused.weight)
+        return name if name in self.source.specs else None
+
+    def reports(self) -> list[str]:
+        """Tied weights that are stored twice, where the runtime uses one of the two alone.
+
+        Reads the first slab of each, in which training shows: rows of an embedding that every prompt needs.
+        """
+        notes = []
+        for alias, of in self.model.tied.items():
+            if not {alias, of} & self.model.applied or self.layout.rename(alias) == self.layout.rename(of):
+                continue
+            used, other = (alias, of) if alias in self.model.applied else (of, alias)
+            taken, left = self.layout.rename(used), self.layout.rename(other)
+            if taken in self.source.specs and left in self.source.specs:
+                differs = not self._begin_alike(taken, left)
+                notes.append(
+                    f"{taken} is taken: {self.family.runtime} uses it alone; "
+                    f"{left} {'differs from it, and ' if differs else ''}is not read"
+                )
+        return notes
+
+    def _begin_alike(self, *names: str) -> bool:
+        """Whether two tensors are equal in their first slab."""
+        first, second = (next(self.source.slabs(name))[1].copy() for name in names)
+        return np.array_equal(first, second)
+
     def weight_specs(self) -> dict[str, Spec]:
         return {name: self.spec(name) for name in self.stored if name not in self.model.tied}
 
@@ -253,6 +297,22 @@ class AdapterCheckpoint(Checkpoint):
     """A PEFT adapter: factors of some weights, and whole weights that stand in for the base's."""
 
     factors: Mapping[str, Module] = field(default_factory=dict)
+    unapplied: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that belong to a weight which the runtime never uses -> why it does not."""
+
+    @property
+    def unused(self) -> dict[str, str]:
+        return dict(self.unapplied)
+
+    def reports(self) -> list[str]:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.unapplied.items():
+            by_reason.setdefault(reason, []).append(name)
+        return [
+            f"{name} is left out, as {self.family.runtime} never applies it: {reason}"
+            for reason, names in by_reason.items()
+            for name in grouped(names)
+        ]
 
     @property
     def contents(self) -> str:
@@ -279,15 +339,49 @@ class AdapterCheckpoint(Checkpoint):
 
     def weight_specs(self) -> dict[str, Spec]:
         """Of the weights that it changes or replaces."""
-        specs = self.source.specs
-        changed = {
-            name: Spec((specs[module.b].shape[0], specs[module.a].shape[1]), specs[module.b].dtype)
-            for name, module in self.factors.items()
-        }
-        return changed | {name: self.spec(name) for name in self.stored if name not in changed}
+        return {name: self.weight_spec(name) for name in (*self.factors, *self.stored)}
+
+    def weight_spec(self, name: str) -> Spec:
+        """Of one weight that it changes or replaces."""
+        module, specs = self.factors.get(name), self.source.specs
+        if module is None:
+            return self.spec(name)
+        return Spec((specs[module.b].shape[0], specs[module.a].shape[1]), specs[module.b].dtype)
 
     def weights_reader(self, key: str, bound: Bound, *, flat: bool) -> tuple[WeightsReader, Bound]:
         raise ValueError("an adapter has no weights of its own")
+
+    def place(self, name: str) -> tuple[Bound, Index]:
+        """The leaf that a weight of this adapter belongs to, its axes as the weight has them, and the index there.
+
+        Args:
+            name: of one of :attr:`modules` or :attr:`stored`.
+        """
+        place = self.model.weight_index.find(name)
+        assert place is not None
+        (part, rule), at = place
+        rule = rule.at(at)
+        placeholders = rule.equation.placeholders
+        shape = self.weight_spec(name).shape
+        bound = Bound(part, rule, {axis: at[axis] + 1 for axis in placeholders}).flat(shape)
+        return bound, tuple(at[axis] for axis in placeholders)
+
+    def seen(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for name in (*self.modules, *self.stored):
+            place = self.model.weight_index.find(name)
+            assert place is not None
+            (part, rule), at = place
+            for axis in rule.template.numbered:
+                qualified = self.model.qualified(part.name, axis)
+                sizes[qualified] = max(sizes.get(qualified, 0), at[axis] + 2)
+        words = (
+            (self.model.qualified(part.name, axis), len(choices))
+            for part in self.model.parts
+            for rule in part.rules
+            for axis, choices in rule.template.choices.items()
+        )
+        return {**sizes, **dict(words)}
 
     def factor_reader(self, key: str, bound: Bound, scale: Scale | None) -> FactorReader | None:
         modules = {

@@ -38,15 +38,16 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
     """
     names = {name: _weight_of(name) for name in source.specs}
     expected = expected or read_record(source.root).get("model")
-    rank = (0, False)
+    rank = (0, False, 0)
     best: tuple[Family, Model, Layout, dict[str, Place]] | None = None
     for family in families():
         for known in family.models:
             for layout in known.layouts:
-                places = place_weights(known, layout, dict.fromkeys(names.values()))
-                if places and (len(places), known.name == expected) > rank:
-                    rank = (len(places), known.name == expected)
-                    best = (family, known, layout, places)
+                places = _places(known, layout, names)
+                spare = known.spare(layout).keys() & names.values()
+                fit = (len(places), known.name == expected, len(spare))
+                if (places or spare) and fit > rank:
+                    rank, best = fit, (family, known, layout, places)
     where = str(source.location)
     config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
     if best is None:
@@ -54,7 +55,10 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
         refuse_if(problems, CheckpointRefused)
         raise unknown(source, names)
     family, model, layout, places = best
-    problems += _strays(where, names, places, model)
+    unused = model.spare(layout)
+    unapplied = {name: unused[weight] for name, weight in names.items() if weight in unused}
+    strays = {name: weight for name, weight in names.items() if name not in unapplied}
+    problems += _strays(where, strays, places, family, model, layout)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
     ignored: list[str] = []
@@ -115,6 +119,7 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
         sizes={},
         problems=tuple(dict.fromkeys(problems)),
         factors=modules,
+        unapplied=unapplied,
     )
 
 
@@ -127,11 +132,50 @@ def _weight_of(name: str) -> str:
     return name
 
 
-def _strays(where: str, names: Mapping[str, str], places: Mapping[str, Place], model: Model) -> list[Problem]:
-    strays = [name for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)]
-    return [
+def _places(model: Model, layout: Layout, names: Mapping[str, str]) -> dict[str, Place]:
+    """What the weights of an adapter's tensors stand for, without those that the runtime never uses."""
+    spare = model.spare(layout)
+    places = place_weights(
+        model, layout, dict.fromkeys(weight for weight in names.values() if weight not in spare)
+    )
+    # of a weight that is known by another name as well, the whole may be there under the name that is used
+    whole = {weight for name, weight in names.items() if name == PREFIX + weight}
+    factored = {weight for name, weight in names.items() if name != PREFIX + weight}
+    for alias in model.applied & model.tied.keys():
+        name, known = layout.rename(alias), layout.rename(model.tied[alias])
+        if name in whole - factored and name != known:
+            places[name] = place_weights(model, layout, [known])[known]
+    return places
+
+
+def _strays(
+    where: str,
+    names: Mapping[str, str],
+    places: Mapping[str, Place],
+    family: Family,
+    model: Model,
+    layout: Layout,
+) -> list[Problem]:
+    strays = {
+        name: weight for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)
+    }
+    tied = {
+        layout.rename(alias): layout.rename(of)
+        for alias, of in model.tied.items()
+        if not {alias, of} & model.applied
+    }
+    problems = [
+        Problem(
+            f"{where}: {name} changes {strays[name]} alone, and {family.runtime} has one tensor for it and "
+            f"{tied[strays[name]]}",
+            "use this adapter in PyTorch, on a base with two",
+        )
+        for name in strays
+        if strays[name] in tied
+    ]
+    return problems + [
         Problem(f"{where}: {name} does not belong to any {model.name} module; PEFT would ignore it", RESAVE)
-        for name in grouped(strays)
+        for name in grouped(name for name, weight in strays.items() if weight not in tied)
     ]
 
 

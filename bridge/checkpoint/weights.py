@@ -48,10 +48,10 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
     for alias, of in model.tied.items():
         name, kept = fit.layout.rename(alias), fit.layout.rename(of)
         if name in source.specs and name != kept:
-            if kept in source.specs:
-                stored[alias] = name
-            else:
+            if kept not in source.specs or alias in model.applied:
                 renamed[kept] = name
+            elif of not in model.applied:
+                stored[alias] = name
     places = place_weights(model, fit.layout, (*source.specs, *renamed))
     seen: list[Dimension] = []
     numbers = Numbers(model)

@@ -13,6 +13,7 @@ from functools import cache
 from bridge.checkpoint.inputs import Inputs
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import scales
+from bridge.conversion.adapter_relayout import build_relaid_adapter
 from bridge.conversion.lora_leaves import joined_scales
 from bridge.conversion.options import Options
 from bridge.conversion.request import Built, Request
@@ -71,6 +72,10 @@ ROWS = (
         summary="LoRA left out: the base of an adapter", build=build_state_dict,
     ),
     Edge(
+        name="fold", source=_FACTORED, target=_PYTREE, loss=Loss.LOSSY, fold=True,
+        summary="LoRA merged, factors discarded", build=build_pytree, scaling=own_scales,
+    ),
+    Edge(
         name="import", source=_WEIGHTS, target=_PYTREE, loss=Loss.EXACT,
         summary="stack, transpose, reshape", build=build_pytree,
     ),
@@ -85,6 +90,22 @@ ROWS = (
     Edge(
         name="merge", source=_ADAPTER, target=_WEIGHTS, loss=Loss.LOSSY, fold=True, needs=_BASE,
         summary="an adapter merged into its base", build=build_state_dict,
+    ),
+    Edge(
+        name="relayout", source=_PYTREE, target=_PYTREE, loss=Loss.EXACT, alone=True,
+        summary="other suffix or dtype", build=build_pytree,
+    ),
+    Edge(
+        name="relayout", source=_ADAPTER, target=_ADAPTER, loss=Loss.EXACT, alone=True,
+        summary="other names, dtype or rank", build=build_relaid_adapter,
+    ),
+    *(
+        Edge(
+            name="relayout", source=source, target=target, loss=Loss.EXACT, alone=True,
+            summary="other names or dtype", build=build_state_dict,
+        )
+        for source in (_WEIGHTS, _STRIPPED)
+        for target in (_WEIGHTS, _STRIPPED)
     ),
 )  # fmt: skip
 

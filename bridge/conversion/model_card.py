@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bridge.conversion.request import Request
 from bridge.peft.config import A, module_of
@@ -12,10 +12,8 @@ from bridge.stream.output import Output
 
 
 def model_card(request: Request, adapter: Output) -> bytes:
-    """The card, as Markdown."""
+    """The card, as Markdown, of factors that come from the family's runtime."""
     family, options = request.inputs.source.family, request.options
-    modules = sum(name.endswith(A) for name in adapter.specs)
-    parameters = sum(spec.size for spec in adapter.specs.values())
     alpha = (
         f"{family.runtime} applies no scale, so alpha equals the rank everywhere."
         if not request.scales
@@ -37,6 +35,23 @@ def model_card(request: Request, adapter: Output) -> bytes:
         if options["with_base"]
         else f"Apply it to the base it was trained on{trained}."
     )
+    told = " ".join((alpha + unscaled, *_blocks(request)))
+    return card(request, adapter, _scale_rows(request), told, base)
+
+
+def card(request: Request, adapter: Output, rows: Iterable[str], told: str, base: str) -> bytes:
+    """The card of any adapter.
+
+    Args:
+        request: what it is made from.
+        adapter: the files.
+        rows: of a table of parts, with rank, alpha and scale.
+        told: what must be known of ranks and alphas.
+        base: what it is for.
+    """
+    family = request.inputs.source.family
+    modules = sum(name.endswith(A) for name in adapter.specs)
+    parameters = sum(spec.size for spec in adapter.specs.values())
     lines = [
         "---",
         "library_name: peft",
@@ -48,9 +63,9 @@ def model_card(request: Request, adapter: Output) -> bytes:
         "",
         f"| {family.part_noun} | rank | alpha | scale |",
         "|---|---|---|---|",
-        *_scale_rows(request),
+        *rows,
         "",
-        " ".join((alpha + unscaled, *_blocks(request))),
+        told,
         "",
         *(("```python", adapter.layout.loading, "```", "") if adapter.layout.loading else ()),
         "Written by bridge (openpi-bridge); `bridge.json` records from what.",

@@ -16,6 +16,11 @@ def _makes_adapter(source: State, target: State) -> bool:
     return target.form is Form.ADAPTER
 
 
+def _splits_adapter(source: State, target: State) -> bool:
+    """Whether factors become an adapter's: those of an adapter stay as they are."""
+    return target.form is Form.ADAPTER and source.form is not Form.ADAPTER
+
+
 def _makes_tree(source: State, target: State) -> bool:
     return target.form is Form.PYTREE
 
@@ -45,9 +50,9 @@ class Options(SourceOptions, total=False):
             # a test compares these with bridge.arrays, which would cost the command's --help numpy
             kind=Choice("keep", "float32", "bfloat16", "float16"),
             group=OUTPUT,
-            help="dtype to write. Default: bfloat16; float32 when LoRA is merged; the source's own with --to "
-            "torch-base, peft-adapter or orbax. 16-bit output keeps in float32 what the runtime keeps in float32, "
-            "such as norms.",
+            help="dtype to write. Default: bfloat16 from JAX to torch-merged; float32 when LoRA is merged; the "
+            "source's own otherwise, tensor by tensor. 16-bit output keeps in float32 what the runtime keeps in "
+            "float32, such as norms.",
         ),
     ]
     layout: Annotated[
@@ -83,7 +88,7 @@ class Options(SourceOptions, total=False):
             kind=Flag(),
             group=ADAPTER,
             help="Keep factors unchanged; store the scale in lora_alpha.",
-            fits=_makes_adapter,
+            fits=_splits_adapter,
         ),
     ]
     with_base: Annotated[
@@ -110,7 +115,7 @@ class Options(SourceOptions, total=False):
             kind=Flag(),
             group=ADAPTER,
             help="Store the weights that differ from --base in the adapter.",
-            fits=_makes_adapter,
+            fits=_splits_adapter,
         ),
     ]
     fold: Annotated[

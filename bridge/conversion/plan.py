@@ -132,7 +132,8 @@ def plan(
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root, family)
     folds = any(edge.fold for edge in way)
-    usual = family.fold_dtype if folds else family.export_dtype if _is_whole(target) else "keep"
+    exported = checkpoint.in_jax and _is_whole(target)
+    usual = family.fold_dtype if folds else family.export_dtype if exported else "keep"
     request = Request(
         inputs=inputs,
         reference=reference,
@@ -158,7 +159,13 @@ def plan(
         loss=_loss(way, built),
         scales=scales,
         outputs=outputs,
-        notes=(*checkpoint.source.notes, *_link_notes(checkpoint.source), *built.notes, *notes),
+        notes=(
+            *checkpoint.source.notes,
+            *_link_notes(checkpoint.source),
+            *(note for each in inputs.checkpoints.values() for note in each.reports()),
+            *built.notes,
+            *notes,
+        ),
         options=options,
         prover=built.prover,
         overwrite=options["overwrite"],
@@ -197,8 +204,8 @@ def _route(
 
 
 def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
-    loss = max(edge.loss for edge in way)
-    if built.approximated or any(narrows(output, FLOAT32, BFLOAT16) for output in built.outputs):
+    loss = max(built.loss, *(edge.loss for edge in way))
+    if any(narrows(output, FLOAT32, BFLOAT16) for output in built.outputs):
         loss = max(loss, Loss.ROUNDED)
     return loss
 

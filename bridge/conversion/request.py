@@ -12,7 +12,7 @@ from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.options import Options
-from bridge.graph import State
+from bridge.graph import Loss, State
 from bridge.lora.factors import Scale
 from bridge.proof.peft import Prover
 from bridge.rules.model import Bound, Layout
@@ -93,7 +93,7 @@ class Built:
     outputs: tuple[Output, ...]
     """The directories to make, the destination itself first."""
     notes: tuple[str, ...] = ()
-    approximated: bool = False
-    """Whether factors are approximated."""
+    loss: Loss = Loss.EXACT
+    """What it costs beyond what its edges do."""
     prover: Prover | None = None
     """What the destination must pass before it is published."""

@@ -109,6 +109,8 @@ def option_problems(options: Options, family: Family, source: State, target: Sta
                 "add --base PATH",
             )
         )
+    if options["with_base"] and is_adapter and source.form is Form.ADAPTER and options["base"] is None:
+        problems.append(Problem("--with-base needs the base, which an adapter is without", "add --base PATH"))
     if is_adapter and isinstance(options["rank"], Mapping):
         problems.append(
             Problem(

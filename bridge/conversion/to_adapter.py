@@ -18,7 +18,7 @@ from bridge.conversion.to_state_dict import state_dict_output
 from bridge.errors import OutputRefused, Problem, refuse_if
 from bridge.formats.contract import states
 from bridge.formats.safetensors.peft import CONFIG
-from bridge.graph import Form
+from bridge.graph import Form, Loss
 from bridge.lora.algebra import compress
 from bridge.peft.config import PREFIX, A, B, Target, compose_config, module_of
 from bridge.proof.peft import PEFT
@@ -61,21 +61,24 @@ def build_adapter(request: Request) -> Built:
         notes.append(
             f"{layout.name} needs base_model_name_or_path, which is empty: give --base-name or --with-base"
         )
-    notes += _rank_notes(request, adapter)
+    notes += rank_notes(request, adapter)
     if compress_to(options) is not None:
         adapter = replace(adapter, approximated=compression_errors(request, adapter))
-        notes += _compression_notes(adapter.approximated)
+        notes += compression_notes(adapter.approximated)
     card = model_card(request, adapter)
     outputs = (
         adapter.with_files({"README.md": card}),
-        *([_base_output(request)] if options["with_base"] else []),
+        *([base_output(request)] if options["with_base"] else []),
     )
     return Built(
-        outputs=outputs, notes=tuple(notes), approximated=compress_to(options) is not None, prover=PEFT
+        outputs=outputs,
+        notes=tuple(notes),
+        loss=Loss.EXACT if compress_to(options) is None else Loss.ROUNDED,
+        prover=PEFT,
     )
 
 
-def _base_output(request: Request) -> Output:
+def base_output(request: Request) -> Output:
     """The source's own weights, without its factors."""
     stripped = next(state for state in states() if state.form is Form.STATE_DICT and state.stripped)
     base = replace(request, target=stripped, dtype="keep", scales={}, fold=False)
@@ -102,7 +105,7 @@ def _adapter_output(request: Request, base_name: str, replaced: tuple[str, ...])
         steps=tuple(steps),
         specs=collect(checkpoint.model.name, tuple(steps)),
         header={"format": "pt"},
-        files={CONFIG: _json(config)},
+        files={CONFIG: json_bytes(config)},
     )
 
 
@@ -224,7 +227,7 @@ def _unsavable(
     return problems
 
 
-def _rank_notes(request: Request, adapter: Output) -> list[str]:
+def rank_notes(request: Request, adapter: Output) -> list[str]:
     ranks = [
         pair.spec_a.shape[0]
         for _, writer in adapter.steps_of(AdapterWriter)
@@ -257,7 +260,7 @@ def compression_errors(request: Request, adapter: Output) -> dict[str, float]:
     return errors
 
 
-def _compression_notes(errors: Mapping[str, float]) -> list[str]:
+def compression_notes(errors: Mapping[str, float]) -> list[str]:
     """The relative error of every compressed module, worst first."""
     if not errors:
         return ["no module has a larger rank: nothing is compressed"]
@@ -268,5 +271,5 @@ def _compression_notes(errors: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bridge.arrays import Spec, widest
 from bridge.conversion.lora_leaves import fit_notes
 from bridge.conversion.request import Built, Request
+from bridge.graph import Loss
 from bridge.rules.factoring import RANK
 from bridge.rules.family import Tree
 from bridge.rules.model import Bound
@@ -38,7 +39,7 @@ def build_pytree(request: Request) -> Built:
         specs=collect(inputs.model.name, tuple(steps)),
     )
     notes = fit_notes(inputs, output) if request.ranks else []
-    return Built(outputs=(output,), notes=tuple(notes), approximated=bool(notes))
+    return Built(outputs=(output,), notes=tuple(notes), loss=Loss.ROUNDED if notes else Loss.EXACT)
 
 
 def _factor_step(request: Request, bound: Bound, factors: FactorReader) -> Step:

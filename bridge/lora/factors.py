@@ -12,7 +12,9 @@ import numpy as np
 from bridge.arrays import FLOAT32, all_finite
 from bridge.lora.algebra import singular_values, split
 from bridge.rules.equation import Equation
-from bridge.rules.factoring import FactorAxes
+from bridge.rules.factoring import FactorAxes, last_two_axes
+
+_MATRIX = last_two_axes(Equation.parse("inputs outputs -> outputs inputs"))
 
 
 class LowRank(Protocol):
@@ -42,6 +44,10 @@ class LowRank(Protocol):
         """
         ...
 
+    def factors(self) -> Factors:
+        """The same in the axes of a leaf; of matrices, of a leaf that is the matrix."""
+        ...
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -61,6 +67,9 @@ class Matrices:
         if dtype is None:
             return self
         return Matrices(self.a.astype(dtype, copy=False), self.b.astype(dtype, copy=False), self.scale)
+
+    def factors(self) -> Factors:
+        return Factors(_MATRIX, self.a.T, self.b.T, self.scale)
 
     def rows(self, rows: slice) -> Matrices:
         """The change of a run of the weight's rows."""
@@ -136,6 +145,9 @@ class Factors:
         elif dtype is not None:
             a, b = a.astype(dtype, copy=False), b.astype(dtype, copy=False)
         return Matrices(*split(self.axes, a, b), self.scale)
+
+    def factors(self) -> Factors:
+        return self
 
     @property
     def sizes(self) -> dict[str, int]:

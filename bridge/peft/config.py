@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import Problem
 from bridge.peft.patterns import SECONDS, Clock
 from bridge.peft.targets import RESTORE, Targets, read_targets
-from bridge.rules.names import Template
+from bridge.rules.names import Segment, Template
 from bridge.strict_json import shown
 
 PREFIX = "base_model.model."
@@ -62,9 +62,12 @@ class AdapterConfig:
 
     def scale(self, module: str) -> float:
         """The scale of a module's product at run time. Raises TimeoutError, as :meth:`rank` does."""
-        rank = self.rank(module)
-        alpha = self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
+        rank, alpha = self.rank(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module. Raises TimeoutError, as :meth:`rank` does."""
+        return self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
 
     def applies(self, module: str) -> bool:
         """Whether PEFT adds LoRA to a linear layer. Raises TimeoutError, as :meth:`rank` does."""
@@ -174,6 +177,22 @@ class Target:
     template: Template
     rank: int
     alpha: float
+    numbers: Mapping[str, Collection[int]] = field(default_factory=dict)
+    """Those that a placeholder stands for; an axis that is not here stands for any."""
+
+    @property
+    def paths(self) -> Iterator[tuple[str, ...]]:
+        """The modules' paths as patterns, by their segments: without the last, `weight`."""
+        segments = [s.choices or (self._segment(s),) for s in self.template.segments[:-1]]
+        return itertools.product(*segments)
+
+    def _segment(self, segment: Segment) -> str:
+        if segment.axis is None:
+            return segment.text
+        numbers = sorted(self.numbers.get(segment.axis, ()))
+        return (
+            r"\d+" if not numbers else f"({'|'.join(map(str, numbers))})" if numbers[1:] else str(numbers[0])
+        )
 
 
 def compose_config(
@@ -193,10 +212,10 @@ def compose_config(
         "base_model_name_or_path": base_name,
         "r": r,
         "lora_alpha": _plain(alpha),
-        "target_modules": _pattern(target.template for target in modules),
-        "rank_pattern": _patterns((target.template, target.rank) for target in modules if target.rank != r),
+        "target_modules": _pattern(modules),
+        "rank_pattern": _patterns((target, target.rank) for target in modules if target.rank != r),
         "alpha_pattern": _patterns(
-            (target.template, _plain(target.alpha)) for target in modules if target.alpha != alpha
+            (target, _plain(target.alpha)) for target in modules if target.alpha != alpha
         ),
         "modules_to_save": list(modules_to_save) or None,
         "lora_dropout": 0.0,
@@ -213,21 +232,16 @@ def _plain(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def _patterns(pairs: Iterable[tuple[Template, Any]]) -> dict[str, Any]:
-    groups: dict[Any, list[Template]] = {}
-    for template, value in pairs:
-        groups.setdefault(value, []).append(template)
+def _patterns(pairs: Iterable[tuple[Target, Any]]) -> dict[str, Any]:
+    groups: dict[Any, list[Target]] = {}
+    for target, value in pairs:
+        groups.setdefault(value, []).append(target)
     return dict(sorted((f"^{_pattern(group)}", value) for value, group in groups.items()))
 
 
-def _pattern(templates: Iterable[Template]) -> str:
-    """A regular expression that fully matches the module paths of templates, and no other path."""
-    paths: list[tuple[str, ...]] = []
-    for template in templates:
-        # without the last segment, `weight`
-        segments = [s.choices or (s.text if s.axis is None else r"\d+",) for s in template.segments[:-1]]
-        paths += itertools.product(*segments)
-    return _alternatives(paths)
+def _pattern(targets: Iterable[Target]) -> str:
+    """A regular expression that fully matches the module paths of targets, and no other path."""
+    return _alternatives([path for target in targets for path in target.paths])
 
 
 def _alternatives(paths: list[tuple[str, ...]]) -> str:

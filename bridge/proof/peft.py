@@ -257,12 +257,18 @@ def _scale_problems(directory: Path, layers: Mapping[str, Any], planned: Mapping
 
 
 def _weight_shapes(output: Output, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model that carries the adapter, by the name it has there."""
-    return {
-        output.layout.rename(name): bound.weight_shape
-        for bound in inputs.source.bound()
-        for name in bound.names.values()
-    }
+    """Every weight of the model that carries the adapter, by the name it has there.
+
+    Without a base only the weights that an adapter changes have known shapes: those beside them, which it
+    must not touch, are there with others.
+    """
+    model, rename = inputs.model, output.layout.rename
+    shapes = {name: spec.shape for name, spec in inputs.weights.weight_specs().items()}
+    for bound in model.bind(inputs.source.seen()):
+        for name in bound.names.values():
+            shapes.setdefault(name, (1,) * len(bound.rule.equation.right))
+    tied = {alias: shapes[of] for alias, of in model.tied.items() if of in shapes}
+    return {rename(name): shape for name, shape in {**tied, **shapes}.items()}
 
 
 def _module_problems(directory: Path, modules: Mapping[str, Any], expected: Set[str]) -> list[Problem]:
@@ -312,8 +318,9 @@ def _step_checks(
     change_at = step.factors.open(step.rule, inputs.sources, Done(), None)
     generator = np.random.default_rng(number)
     for index, pair in writer.pairs.items():
-        module, factors = _path(pair), change_at(index)
-        assert isinstance(factors, Factors)
+        module, change = _path(pair), change_at(index)
+        assert change is not None
+        factors = change.factors()
         # what PEFT did not load is among the problems already
         if module not in layers or any(weight.is_meta for weight in layers[module].parameters()):
             continue

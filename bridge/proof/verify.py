@@ -172,7 +172,7 @@ def verify(
 
 def _unused(side: Side) -> dict[str, str]:
     """Tensors of a side that stand for no weight of the model."""
-    return side.inputs.weights.unused
+    return {name: why for each in side.inputs.checkpoints.values() for name, why in each.unused.items()}
 
 
 def _worse(a: Check, b: Check) -> Check:

@@ -55,6 +55,12 @@ class Unused:
     """Qualified axes of its shape."""
     reason: str
 
+    @cached_property
+    def rule(self) -> Rule:
+        """How it is copied where a checkpoint has it. It has no leaf."""
+        axes = " ".join(axis.replace(".", "_") for axis in self.axes)
+        return Rule(self.weight, self.weight, f"{axes} -> {axes}")
+
 
 @dataclass(frozen=True)
 class Multiple:
@@ -97,6 +103,9 @@ class Model:
     multiples: tuple[Multiple, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     """Alias -> the weight it is the same tensor as."""
+    applied: frozenset[str] = frozenset()
+    """Of two tied names, that of the tensor which the runtime uses alone. Where training untied them it is the
+    weight, and the other is of no use; of any other pair both are used, and must be equal."""
     unused: tuple[Unused, ...] = ()
     stock: Mapping[str, int] = field(default_factory=dict)
     """Sizes to assume where shapes and configs do not tell: how rows are split into heads."""
@@ -118,6 +127,8 @@ class Model:
         for axis in (*(axis for axes in self.same for axis in axes), *self._multiple_axes()):
             if axis not in known:
                 raise ValueError(f"model {self.name}: no rule has the axis {axis}")
+        for name in self.applied - {*self.tied, *self.tied.values()}:
+            raise ValueError(f"model {self.name}: {name} is tied to no other weight")
         for rule in self.rules:
             rule.check_runtime()
 
@@ -180,7 +191,22 @@ class Model:
         aliases = {
             layout.rename(alias): f"the same tensor as {layout.rename(of)}" for alias, of in self.tied.items()
         }
-        return aliases | {layout.rename(unused.weight): unused.reason for unused in self.unused}
+        return aliases | self.spare(layout)
+
+    def spare(self, layout: Layout) -> dict[str, str]:
+        """Names of tensors that the runtime never uses, whatever they contain -> why."""
+        tied = ((name, other) for pair in self.tied.items() for name, other in (pair, pair[::-1]))
+        return {
+            layout.rename(name): f"{layout.rename(other)} is used in its place"
+            for name, other in tied
+            if other in self.applied and layout.rename(name) != layout.rename(other)
+        } | {layout.rename(unused.weight): unused.reason for unused in self.unused}
+
+    def used(self, weight: str) -> str:
+        """The name of a rule's weight that the runtime reads, where it has two."""
+        return next(
+            (alias for alias, of in self.tied.items() if of == weight and alias in self.applied), weight
+        )
 
     def layout(self, name: str) -> Layout | None:
         return next((layout for layout in self.layouts if layout.name == name), None)

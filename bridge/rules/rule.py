@@ -87,7 +87,8 @@ class Rule:
         # input first, which every factoring accepts
         order = groups[::-1] if self.lora is not None else groups
         left = (*self.equation.placeholders, *order)
-        return replace(self, axes=f"{' '.join(left)} -> {' '.join(groups)}")
+        # the einsum speaks of the axes apart
+        return replace(self, axes=f"{' '.join(left)} -> {' '.join(groups)}", runtime=None)
 
     @cached_property
     def equation(self) -> Equation:
@@ -130,8 +131,18 @@ class Rule:
             yield self
             return
         for numbers in itertools.product(*(range(sizes[axis]) for axis in self.path.axes)):
-            at = dict(zip(self.path.axes, numbers, strict=True))
-            yield replace(self, leaf=self.path.format(at), weight=self.template.format(at))
+            yield self.at(dict(zip(self.path.axes, numbers, strict=True)))
+
+    def at(self, numbers: Mapping[str, int]) -> Rule:
+        """This rule for one of the leaves that its path stands for.
+
+        Args:
+            numbers: of the path's placeholders at least.
+        """
+        if not self.path.axes:
+            return self
+        own = {axis: numbers[axis] for axis in self.path.axes}
+        return replace(self, leaf=self.path.format(own), weight=self.template.format(own))
 
     def weights(self, sizes: Mapping[str, int]) -> Iterator[tuple[Index, str]]:
         """Every weight of one leaf: its index, in the order of the leaf's axes, and its name.

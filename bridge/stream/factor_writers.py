@@ -55,10 +55,9 @@ class AdapterWriter:
     def matrices(self, index: Index, change: LowRank) -> tuple[np.ndarray, np.ndarray]:
         """``lora_A`` and ``lora_B`` as written, before the cast."""
         pair = self.pairs[index]
-        fold = change.scale / pair.runtime
+        fold = 1.0 if change.scale == pair.runtime else change.scale / pair.runtime
         computes = fold != 1 or self.compress_to is not None
-        wide = np.promote_types(np.promote_types(change.a.dtype, change.b.dtype), FLOAT32)
-        made = change.matrices(wide if computes else None)
+        made = change.matrices(_wide(change) if computes else None)
         matrix_a, matrix_b = made.a, made.b
         if fold != 1:
             matrix_b = _scaled(matrix_b, fold)
@@ -71,8 +70,9 @@ class AdapterWriter:
         for index, pair in self.pairs.items():
             change = changes.at(index)
             assert change is not None
-            for name, matrix in zip((pair.a, pair.b), self.matrices(index, change), strict=True):
-                cast = work.faults.cast(index, matrix, self.dtype)
+            matrix_a, matrix_b = self.matrices(index, change)
+            for name, matrix, spec in ((pair.a, matrix_a, pair.spec_a), (pair.b, matrix_b, pair.spec_b)):
+                cast = work.faults.cast(index, matrix, spec.dtype)
                 work.sink.write(name, np.ascontiguousarray(cast))
                 yield name, cast
 
@@ -206,8 +206,8 @@ class FactorWriter:
 
 
 def _wide(change: LowRank) -> np.dtype:
-    """float32, or what is wider."""
-    return np.promote_types(np.promote_types(change.a.dtype, change.b.dtype), FLOAT32)
+    """float32, or what is wider. The 16-bit dtypes have no common one of their own."""
+    return np.promote_types(np.promote_types(change.a.dtype, FLOAT32), change.b.dtype)
 
 
 def _matrix_memory(writer: AdapterWriter | FactorWriter) -> int:

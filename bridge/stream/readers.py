@@ -9,8 +9,8 @@ for :func:`pieces`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -89,6 +89,14 @@ class WeightsReader(Protocol):
         """Length of every axis of the rule."""
         ...
 
+    def at(self, index: Index) -> Read:
+        """The array that one weight lies in."""
+        ...
+
+    def only(self, indices: Collection[Index]) -> WeightsReader:
+        """How some of the weights are read; others may come along where they lie in one array."""
+        ...
+
     def names(self, rule: Rule) -> tuple[str, ...]:
         """What the plan shows that they are read from: the leaf's path, or tensors."""
         ...
@@ -160,6 +168,12 @@ class LeafWeights:
         shape = sources[self.source].specs[self.name].shape
         return dict(zip(rule.equation.left, shape, strict=True))
 
+    def at(self, index: Index) -> Read:
+        return self.reads[0]
+
+    def only(self, indices: Collection[Index]) -> LeafWeights:
+        return self
+
     def names(self, rule: Rule) -> tuple[str, ...]:
         return (rule.leaf,)
 
@@ -202,6 +216,16 @@ class TensorWeights(_OneTensorEach):
     def reads(self) -> tuple[Read, ...]:
         return (*self.tensors.values(), *self.twins.values())
 
+    def at(self, index: Index) -> Read:
+        return self.tensors[index]
+
+    def only(self, indices: Collection[Index]) -> TensorWeights:
+        tensors, twins = (
+            {index: read for index, read in each.items() if index in indices}
+            for each in (self.tensors, self.twins)
+        )
+        return replace(self, tensors=tensors, twins=twins)
+
     def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
         """Every weight, one tensor after the other."""
         for index in self.tensors:
@@ -218,7 +242,7 @@ class TensorWeights(_OneTensorEach):
                     Problem(
                         f"{sources[twin[0]].location}: {twin[1]} and {self.tensors[index][1]} are tied in "
                         f"{self.runtime} but differ in this checkpoint",
-                        "training untied them: save the checkpoint with the tensor that is used under both names",
+                        f"{self.runtime} has one tensor for both: train them tied, or keep this checkpoint as it is",
                     )
                 )
 
@@ -255,6 +279,13 @@ class ReplacedWeights(_OneTensorEach):
     def rule_has_more(self) -> bool:
         """Whether any weight still comes from where the others are."""
         return self.own.keys() != {()}
+
+    def at(self, index: Index) -> Read:
+        return self.own.get(index) or self.weights.at(index)
+
+    def only(self, indices: Collection[Index]) -> ReplacedWeights:
+        own = {index: read for index, read in self.own.items() if index in indices}
+        return replace(self, weights=self.weights.only(indices), own=own)
 
     def regions(self, rule: Rule, sources: Sources, done: Done, tick: Tick | None) -> Iterator[Region]:
         """Every weight, from where it is taken."""

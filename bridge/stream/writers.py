@@ -57,6 +57,8 @@ class TensorWriter:
     """For each index, the names the weight is written under (several where ties are spelled out)."""
     spec: Spec
     """Of each weight, as written."""
+    checked: bool = True
+    """Whether values that are not finite are a fault: not where no runtime uses them."""
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -86,7 +88,7 @@ class _TensorSession:
     def __init__(self, writer: TensorWriter, work: Work) -> None:
         self._writer, self._sink = writer, work.sink
         equation = work.rule.equation.of_weight
-        self._placing = Placing(equation, work.sizes, work.faults)
+        self._placing = Placing(equation, work.sizes, work.faults if writer.checked else None)
         self._cell = _tensor_cell(equation, work.sizes, writer.dtype)
         self._spare: list[np.ndarray] = []
         self._open: dict[Index, Gather] = {}
@@ -203,10 +205,10 @@ class Placing:
     Args:
         equation: of one weight.
         sizes: of every axis.
-        faults: records values that are not finite.
+        faults: records values that are not finite; None takes any.
     """
 
-    def __init__(self, equation: Equation, sizes: Mapping[str, int], faults: Faults) -> None:
+    def __init__(self, equation: Equation, sizes: Mapping[str, int], faults: Faults | None) -> None:
         self.order = [equation.left.index(axis) for axis in equation.weight_axes]
         """Positions, among the leaf's axes, of the tensor's."""
         self.shape = tuple(sizes[axis] for axis in equation.weight_axes)
@@ -232,6 +234,8 @@ class Placing:
             product = Product(change, tuple(map(sum, zip(*self._steps, strict=True))), self._outputs, at)
         faulty = NonFinite()
         place(into, w, product, self._work, faulty)
+        if self._faults is None:
+            return
         if faulty.source:
             self._faults.not_finite(index)
         if faulty.result:

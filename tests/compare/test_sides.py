@@ -108,19 +108,23 @@ def test_checksums_come_from_what_was_compared(
     assert read == list(verdict.unused)
 
 
-def test_twins_that_differ_are_named(tmp_path: Path) -> None:
-    """A layout that stores a tied weight under both its names."""
+def test_of_an_untied_pair_the_used_weight_is_compared(tmp_path: Path) -> None:
+    """LeRobot keeps both names; openpi's policies look tokens up and predict none."""
     source = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
     bridge.convert(source, tmp_path / "out", to="torch-merged", dtype="float32", layout="lerobot")
     (tmp_path / "out" / "bridge.json").unlink()
-    assert verify(source, tmp_path / "out").holds
     file = tmp_path / "out" / "model.safetensors"
-    state = safetensors.torch.load_file(file)
-    alias = next(name for name in state if name.endswith("paligemma.lm_head.weight"))
-    state[alias][3, 5] += 1
-    safetensors.torch.save_file(state, file)
-    verdict = verify(source, tmp_path / "out")
-    assert [problem.cause for problem in verdict.problems if alias in problem.cause]
+    for name in (golden.LM_HEAD, golden.EMBED_TOKENS):
+        state = safetensors.torch.load_file(file)
+        state[f"model.{name}"][3, 5] += 1
+        safetensors.torch.save_file(state, file)
+        verdict, difference = verify(source, tmp_path / "out"), bridge.diff(source, tmp_path / "out")
+        used = [golden.LM_HEAD] * (name == golden.EMBED_TOKENS)
+        assert [problem.cause.partition(":")[0] for problem in verdict.problems] == used
+        assert [(each.name, round(each.max_abs, 6)) for each in difference.changed] == [
+            (n, 1.0) for n in used
+        ]
+    assert "is used in its place" in verdict.unused[f"model.{golden.LM_HEAD}"]
 
 
 @pytest.mark.parametrize("form", ["7", "torch"])

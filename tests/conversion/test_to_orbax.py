@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import safetensors.torch
 import torch
 
 import bridge
@@ -20,7 +19,8 @@ from bridge.formats.orbax.sink import OrbaxSink
 from bridge.stream import writers
 from tests.kit import checkpoints, golden
 from tests.kit.checkpoints import Tree
-from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, TRANSFORMERS, State
+from tests.kit.golden import DEAD_HEAD, EMBED_TOKENS, LM_HEAD, State
+from tests.kit.layouts import named, write
 
 #: Sizes of heads as every Gemma of openpi and its SigLIP have them: a state_dict needs no config then.
 STOCK = {"head_dim": 256, "image_heads": 16}
@@ -47,41 +47,6 @@ def state_of(tree: Tree) -> State:
     state = golden.by_hand(tree)
     state[DEAD_HEAD] = torch.full_like(state[DEAD_HEAD], torch.nan)
     return state
-
-
-def named(state: State, layout: str) -> State:
-    """The same tensors as a layout's own library saves them."""
-    if layout == "lerobot":  # ties nothing
-        return {f"model.{name}": weight for name, weight in {**state, EMBED_TOKENS: state[LM_HEAD]}.items()}
-    if layout == "transformers":
-        return {
-            theirs + name.removeprefix(ours): weight
-            for name, weight in state.items()
-            for ours, theirs in TRANSFORMERS.items()
-            if name.startswith(ours)
-        }
-    return state
-
-
-def write(state: State, directory: Path, *, shards: int = 1, assets: bool = True) -> Path:
-    """One file, or shards with their index, as Hugging Face's libraries write them."""
-    directory.mkdir(parents=True)
-    state = {name: weight.clone().contiguous() for name, weight in state.items()}
-    if shards == 1:
-        safetensors.torch.save_file(state, directory / "model.safetensors", {"format": "pt"})
-    else:
-        files = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
-        weight_map = {name: files[n % shards] for n, name in enumerate(sorted(state))}
-        for file in files:
-            part = {name: weight for name, weight in state.items() if weight_map[name] == file}
-            safetensors.torch.save_file(part, directory / file, {"format": "pt"})
-        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    if assets:
-        stats = directory / "assets" / "my_robot" / "norm_stats.json"
-        stats.parent.mkdir(parents=True)
-        stats.write_text('{"norm_stats": {"state": {"mean": [0.5]}}}')
-    return directory
 
 
 def written(model: Any, directory: Path, **options: Any) -> tuple[Tree, Path]:
@@ -607,11 +572,6 @@ def refused(tmp_path: Path, says: str, fix: str = "", **options: Any) -> Refusal
     return caught.value
 
 
-def untied(state: State) -> None:
-    state[EMBED_TOKENS] = state[LM_HEAD].clone()
-    state[EMBED_TOKENS][5, 3] += 1
-
-
 def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], None]:
     return lambda state: state.update({name: change(state[name])})
 
@@ -619,11 +579,6 @@ def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
 Q_PROJ = "paligemma_with_expert.paligemma.model.language_model.layers.2.self_attn.q_proj.weight"
 
 BAD: dict[str, tuple[Callable[[State], object], str, str]] = {
-    "both names, different": (
-        untied,
-        r"embed_tokens\S+ and \S+lm_head\S+ are tied in openpi but differ in this checkpoint",
-        "untied",
-    ),
     "a layer lost": (
         lambda s: s.pop(DOWN.format(1)),
         r"layers\.1\.mlp\.down_proj\.weight is missing",

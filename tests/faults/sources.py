@@ -685,7 +685,8 @@ LEAVES = [
         r"adapter_config\.json is damaged: nested too deeply"),
     row(26, "an adapter's config: 2 MB", configured(text=b" " * (2 << 20)),
         r"adapter_config\.json exceeds the 1 MB limit"),
-    row(27, "tied weights that differ", differing_twin, r"are tied in openpi but differ in this checkpoint"),
+    row(27, "tied weights that differ", differing_twin, r"embed_tokens\S+ is taken: .*lm_head\S+ differs from it",
+        0, lambda s, ran: embeds(s)),
     row(27, "an alias that would replace a weight", alias_that_replaces, WROTE, 0, lambda s, ran: holds(s, KERNEL)),
     row(27, "an empty array", leaf(BIAS, lambda w: w[:0]), r"bias/value has shape \[0\], which has no elements"),
     row(27, "a scalar", leaf(BIAS, lambda w: w[0]), r"action_in_proj/bias has 0 axes"),
@@ -699,6 +700,15 @@ LEAVES = [
 
 def rank_0(name: str, array: np.ndarray) -> np.ndarray:
     return array[..., :0] if name.endswith("a") else array[..., :0, :]
+
+
+def embeds(scene: Scene) -> None:
+    """The embedding is the one that is used, not its head."""
+    import bridge
+
+    leaf = "PaliGemma/llm/embedder/input_embedding"
+    with bridge.open(scene.dst) as opened:
+        assert (opened.read(f"params/{leaf}") == checkpoints.pi0_tree(lora={})[leaf] + 1).all()
 
 
 def holds(scene: Scene, leaf: str) -> None:

@@ -17,16 +17,16 @@ import bridge
 from bridge import Refusal
 from bridge.conversion import converters as table
 from bridge.conversion.request import Built, Request
-from bridge.conversion.to_pytree import build_pytree
 from bridge.conversion.to_state_dict import build_state_dict
 from bridge.errors import Problem
 from bridge.graph import Form, Loss, State, mermaid
 from tests.kit.digest import digest
-from tests.kit.families import SCALED, Array, Leaves, restore, save, state_of
+from tests.kit.families import SCALED, Array, Leaves, save, state_of
 from tests.kit.plugins import registered
 
 PYTREE = State(name="", contents="base", format="", form=Form.PYTREE)
 WEIGHTS = State(name="", contents="base", format="", form=Form.STATE_DICT)
+STRIPPED = replace(WEIGHTS, stripped=True)
 ADAPTER = State(name="", contents="lora", format="", form=Form.ADAPTER)
 
 Add = Callable[[table.Edge], None]
@@ -50,14 +50,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(SCALED.leaves(lora=False), tmp_path_factory.mktemp("edges") / "src", SCALED.family.tree)
 
 
-def relayout(request: Request) -> Built:
-    """The same tree under other names, and a note."""
-    built = build_pytree(request)
-    return replace(built, notes=(*built.notes, f"{len(built.outputs[0].steps)} leaves are named anew"))
+def release(request: Request) -> Built:
+    """The weights as a base for adapters, and a note."""
+    built = build_state_dict(request)
+    return replace(built, notes=(*built.notes, f"{len(built.outputs[0].steps)} leaves are released"))
 
 
 ROW = table.Edge(
-    name="relayout", source=PYTREE, target=PYTREE, loss=Loss.EXACT, summary="other names", build=relayout
+    name="release", source=PYTREE, target=STRIPPED, loss=Loss.EXACT, summary="a base", build=release
 )
 
 
@@ -68,27 +68,26 @@ def equal(found: Leaves, expected: Leaves) -> bool:
     return found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in expected)
 
 
-def test_without_the_row_it_takes_two_hops(add: Add, source: Path) -> None:
-    plan = bridge.plan(source, None, to="orbax")
-    assert [edge.name for edge in plan.route] == ["export", "import"]
+def test_without_the_row_there_is_no_route(add: Add, source: Path) -> None:
+    with pytest.raises(Refusal, match=r"no route from orbax\[base\] to torch-base"):
+        bridge.plan(source, None, to="torch-base")
 
 
 def test_it_is_routed_planned_and_run(add: Add, source: Path, tmp_path: Path) -> None:
     add(ROW)
-    plan = bridge.plan(source, tmp_path / "out", to="orbax")
-    assert [edge.name for edge in plan.route] == ["relayout"]
+    plan = bridge.plan(source, tmp_path / "out", to="torch-base")
+    assert [edge.name for edge in plan.route] == ["release"]
     text = str(plan)
-    assert "route        orbax[base] -> relayout -> orbax[base]" in text
+    assert "route        orbax[base] -> release -> torch-base[base]" in text
     assert "loss         exact: every value is kept bit for bit" in text
-    assert f"note         {len(SCALED.leaves(lora=False))} leaves are named anew" in text
+    assert f"note         {len(SCALED.leaves(lora=False))} leaves are released" in text
     plan.run()
-    # the source's paths end in a suffix, and these do not
-    found = restore(tmp_path / "out", SCALED.family.tree, suffixed=False)
-    assert equal(found, SCALED.leaves(lora=False))
+    bridge.convert(source, tmp_path / "torch", to="torch-merged", dtype="keep")
+    assert equal(state_of(tmp_path / "out"), state_of(tmp_path / "torch"))
     record = json.loads((tmp_path / "out" / "bridge.json").read_text())
-    assert record["route"] == ["relayout"] and record["loss"] == "exact"
+    assert record["route"] == ["release"] and record["loss"] == "exact"
     assert bridge.verify(source, tmp_path / "out").holds
-    plan = bridge.plan(source, tmp_path / "again", to="orbax", workers=1)
+    plan = bridge.plan(source, tmp_path / "again", to="torch-base", workers=1)
     plan.run()
     assert digest(tmp_path / "again") == digest(tmp_path / "out")
 
@@ -98,44 +97,20 @@ def test_it_is_in_the_graph_and_changes_no_other_route(add: Add, source: Path) -
     targets = table.targets()
     add(ROW)
     after = {(edge.name, str(edge.source), str(edge.target)) for edge in table.converters()}
-    assert after - before == {("relayout", "orbax[base]", "orbax[base]")} and before < after
+    assert after - before == {("release", "orbax[base]", "torch-base[base]")} and before < after
     assert table.targets() == targets
-    assert 'orbax_base -- "relayout: exact" --> orbax_base' in mermaid(table.converters())
+    assert 'orbax_base -- "release: exact" --> torch_base_base' in mermaid(table.converters())
     assert [edge.name for edge in bridge.plan(source, None, to="torch-merged").route] == ["export"]
 
 
 def test_options_find_the_new_edge(add: Add, source: Path, tmp_path: Path) -> None:
     """They declare what they fit by states, and ask no edge."""
     add(ROW)
-    bridge.convert(source, tmp_path / "narrow", to="orbax", dtype="bfloat16", value_suffix=True)
-    found = restore(tmp_path / "narrow", SCALED.family.tree)
+    bridge.convert(source, tmp_path / "narrow", to="torch-base", dtype="bfloat16", layout="inner")
+    found = state_of(tmp_path / "narrow")
     assert {array.dtype.name for array in found.values()} == {"bfloat16", "float32"}
-    with pytest.raises(Refusal, match="--layout has no effect"):
-        bridge.plan(source, None, to="orbax", layout="inner")
-
-
-def test_between_state_dicts(add: Add, source: Path, tmp_path: Path) -> None:
-    """One hop from names to names, where the graph had none."""
-    add(
-        table.Edge(
-            name="relayout",
-            source=WEIGHTS,
-            target=WEIGHTS,
-            loss=Loss.EXACT,
-            summary="other names",
-            build=build_state_dict,
-        )
-    )
-    with registered([SCALED.family], alone=True):
-        bridge.convert(source, tmp_path / "torch", to="torch-merged", dtype="float32")
-        plan = bridge.plan(
-            tmp_path / "torch", tmp_path / "inner", to="torch-merged", layout="inner", dtype="keep"
-        )
-        assert [edge.name for edge in plan.route] == ["relayout"]
-        plan.run()
-    expected = state_of(tmp_path / "torch")
-    found = state_of(tmp_path / "inner")
-    assert equal(found, {f"language.{name}": array for name, array in expected.items()})
+    with pytest.raises(Refusal, match="--value-suffix has no effect"):
+        bridge.plan(source, None, to="torch-base", value_suffix=True)
 
 
 def test_an_edge_that_needs_a_base(add: Add, source: Path, tmp_path: Path) -> None:
