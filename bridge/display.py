@@ -34,6 +34,11 @@ def scientific(value: float) -> str:
     return f"{value:.1e}" if value else "0"
 
 
+def with_article(noun: str) -> str:
+    """A noun phrase with its indefinite article: ``an adapter``, ``a model``."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun, which takes an *s*: ``1 weight``, ``2 weights``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -6,6 +6,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, TypeVar
 
+from bridge.display import with_article
 from bridge.errors import PluginRefused, Problem
 
 DISTRIBUTION = "openpi-bridge"
@@ -45,7 +46,9 @@ def load(group: str, kind: type[P]) -> tuple[P, ...]:
             raise PluginRefused(Problem(f"{where} cannot be loaded: {why}", _REINSTALL)) from error
         if not isinstance(plugin, kind):
             what = f"{type(plugin).__module__}.{type(plugin).__qualname__}"
-            raise PluginRefused(Problem(f"{where} is a {what}, not a {kind.__name__}", _REINSTALL))
+            raise PluginRefused(
+                Problem(f"{where} is {with_article(what)}, not {with_article(kind.__name__)}", _REINSTALL)
+            )
         if plugin.name in loaded and loaded[plugin.name] is not plugin:
             raise PluginRefused(
                 Problem(

@@ -50,7 +50,7 @@ def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
 def misshapen(source: Source, name: str, shape: tuple[int, ...], axes: tuple[str, ...], why: str) -> Problem:
     """An array of another number of axes than its rule's."""
     return Problem(
-        f"{source.location}: {name} has {len(shape)} axes {list(shape)}; "
+        f"{source.location}: {name} has {len(shape)} {'axis' if len(shape) == 1 else 'axes'} {list(shape)}; "
         f"expected {len(axes)} ({', '.join(axes) if any(' ' in axis for axis in axes) else ' '.join(axes)})",
         f"{why}: re-download the checkpoint",
     )

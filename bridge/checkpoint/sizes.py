@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from bridge.display import with_article
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location
@@ -84,7 +85,7 @@ class Numbers:
             if max(numbers) > len(numbers) + MAX_GAP:
                 problems.append(
                     Problem(
-                        f"{part} has a {axis} {max(numbers)} but only {len(numbers)} in all",
+                        f"{part} has {with_article(axis)} {max(numbers)} but only {len(numbers)} in all",
                         "the names are damaged: re-download the checkpoint",
                     )
                 )

@@ -21,6 +21,7 @@ from bridge.checkpoint.sizes import (
     recorded_sizes,
     solve,
 )
+from bridge.display import with_article
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 
@@ -62,7 +63,9 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
         shape = source.specs[name].shape
         if len(shape) != len(groups):
             axes = tuple(" x ".join(group) for group in groups)
-            problems.append(misshapen(source, name, shape, axes, f"this is not a {model.name} checkpoint"))
+            problems.append(
+                misshapen(source, name, shape, axes, f"this is not {with_article(model.name)} checkpoint")
+            )
             continue
         seen += dimensions(model, place.part, zip(groups, shape, strict=True), name)
         numbers.add(place.part, {axis: place.at[axis] for axis in place.rule.template.numbered})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bridge.conversion.request import Request
+from bridge.display import with_article
 from bridge.peft.config import A, module_of
 from bridge.rules.family import Family
 from bridge.rules.model import Model
@@ -57,7 +58,7 @@ def card(request: Request, adapter: Output, rows: Iterable[str], told: str, base
         "library_name: peft",
         "---",
         "",
-        f"# LoRA adapter of a {_named(family, request.inputs.model)} {family.noun}",
+        f"# LoRA adapter of {with_article(_named(family, request.inputs.model))} {family.noun}",
         "",
         f"{modules} modules, {parameters} parameters, module paths of {adapter.layout.name}. {base}",
         "",

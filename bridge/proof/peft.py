@@ -225,10 +225,13 @@ def _saved_problems(directory: Path, config: AdapterConfig, model: Any, output: 
     pairs = {name for step, _ in output.steps_of(AdapterWriter) for name in step.specs}
     planned = {module_of(name) for name in output.specs.keys() - pairs}
     return [
-        Problem(f"{directory}: {name} is saved whole by {'PEFT' if name in found else 'the plan'} alone", FIX)
+        Problem(
+            f"{directory}: {name} is in modules_to_save of {'PEFT' if name in found else 'the plan'} only",
+            FIX,
+        )
         for name in sorted(found ^ planned)
     ] + [
-        Problem(f"{directory}: modules_to_save names {name}, which is no module", FIX)
+        Problem(f"{directory}: modules_to_save names {name}, and no module of the model has that name", FIX)
         for name in config.modules_to_save
         if not any(module.endswith(name) for module in planned)
     ]
