@@ -6,12 +6,8 @@ it must reproduce was recorded with openpi (tests/data/golden/openpi_policy).
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +17,10 @@ import safetensors.torch
 import torch
 
 import bridge
-from bridge.adapters import lerobot as adapter
-from tests.kit import golden
-from tests.kit.checkpoints import Array
+from tests.kit import golden, lerobot
+from tests.kit.lerobot import Runtime
 
-SCRIPT = golden.ROOT / "tests" / "kit" / "lerobot_runtime.py"
-TOKENIZER = golden.DATA / "tokenizer" / "paligemma_tiny.model"
 OPENPI = golden.DATA / "openpi_policy"
-LAST = Path("checkpoints", "last", "pretrained_model")
-
-#: in the place of what LeRobot's code has built in
-SIZES = {
-    "paligemma": {"width": 64, "depth": 3, "mlp_dim": 160, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16},
-    "expert": {"width": 48, "depth": 3, "mlp_dim": 112, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16},
-    "siglip": {"hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "vocabulary": 512,
-}
-#: the same, as the axes that bridge compares with stock ones before it writes a config
-STOCK = {
-    "paligemma.width": 64, "paligemma.hidden": 160, "paligemma.layer": 3, "paligemma.head": 8,
-    "paligemma.group": 1, "paligemma.dim": 16, "paligemma.vocab": 512,
-    "expert.width": 48, "expert.hidden": 112,
-    "siglip.width": 72, "siglip.layer": 2, "siglip.hidden": 104, "siglip.head": 4, "siglip.rows": 14,
-}  # fmt: skip
 #: what no file of openpi's checkpoints tells
 OPENPI_OPTIONS: dict[str, Any] = {"lora_alpha": {"paligemma": 8, "expert": 4}, "action_horizon": 10}
 
@@ -61,45 +38,12 @@ pytestmark = [pytest.mark.lerobot, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny() -> Any:
-    """LeRobot's stock sizes are these here, on both sides: bridge writes a config for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, "STOCK", STOCK)
+def tiny() -> Iterator[None]:
+    with lerobot.tiny():
         yield
 
 
 # What bridge makes for LeRobot.
-
-
-@dataclass
-class Ran:
-    """What LeRobot did: of each job its arrays, or why it failed."""
-
-    home: Path
-    jobs: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    report: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    def add(self, name: str, do: str, policy: Path, recorded: Path, *arguments: str) -> Path:
-        """Plan a job; returns the directory in which it trains, if it does."""
-        output = self.home / "trained" / name
-        job = {
-            "name": name,
-            "do": do,
-            "policy": str(policy),
-            "recorded": str(recorded),
-            "output": str(output),
-        }
-        self.jobs.append({**job, "arguments": list(arguments)})
-        return output
-
-    def __getitem__(self, name: str) -> Mapping[str, Array]:
-        assert self.report[name] is None, self.report[name]
-        return dict(np.load(self.home / f"{name}.npz"))
-
-    def saved(self, name: str) -> Path:
-        """The run that LeRobot saved, named as its users name it."""
-        assert self.report[name] is None, self.report[name]
-        return self.home / "trained" / name
 
 
 def policy(model: str) -> Path:
@@ -140,32 +84,21 @@ def ran(
     full: Callable[[str], Path],
     adapted: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Ran:
-    ran = Ran(tmp_path_factory.mktemp("ran"))
+) -> Runtime:
+    runtime = Runtime(tmp_path_factory.mktemp("ran"))
     for model in ("pi0", "pi05"):
-        ran.add(model, "act", full(model), OPENPI / model / "infer.npz")
-        ran.add(f"{model} adapter", "act", adapted(model), OPENPI / model / "infer.npz")
+        runtime.add(model, "act", full(model), OPENPI / model / "infer.npz")
+        runtime.add(f"{model} adapter", "act", adapted(model), OPENPI / model / "infer.npz")
     observation, rate = OPENPI / "pi0" / "infer.npz", f"--policy.optimizer_lr={STEP}"
-    ran.add("train full", "train", full("pi0"), observation, rate)
-    ran.add("train peft", "train", full("pi0"), observation, rate, "--peft.method_type=LORA", "--peft.r=4")
-    ran.add("train adapter", "train", adapted("pi0"), observation, rate, "--peft.method_type=LORA")
-    told = {"sizes": SIZES, "tokenizer": str(TOKENIZER), "jobs": ran.jobs}
-    (ran.home / "jobs.json").write_text(json.dumps(told))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COV"))}
-    run = subprocess.run(
-        [lerobot_python, "-P", str(SCRIPT), str(ran.home / "jobs.json"), str(ran.home)],
-        env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(ran.home / "hub"), "OMP_NUM_THREADS": "1"},
-        cwd=ran.home,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    ran.report = json.loads((ran.home / "report.json").read_text())
-    return ran
+    lora = "--peft.method_type=LORA"
+    runtime.add("train full", "train", full("pi0"), observation, rate)
+    runtime.add("train peft", "train", full("pi0"), observation, rate, lora, "--peft.r=4")
+    runtime.add("train adapter", "train", adapted("pi0"), observation, rate, lora)
+    runtime.run(lerobot_python)
+    return runtime
 
 
-def test_it_is_lerobot(ran: Ran) -> None:
+def test_it_is_lerobot(ran: Runtime) -> None:
     assert ran.report["versions"]["lerobot"] == "0.6.1"
 
 
@@ -174,7 +107,7 @@ def test_it_is_lerobot(ran: Ran) -> None:
 
 @pytest.mark.parametrize("form", ["", " adapter"])
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_acts_as_openpi(ran: Ran, model: str, form: str) -> None:
+def test_acts_as_openpi(ran: Runtime, model: str, form: str) -> None:
     """A raw observation becomes openpi's unnormalised actions, merged and as an adapter on its base."""
     got, recorded = ran[f"{model}{form}"], np.load(OPENPI / model / "infer.npz")
     np.testing.assert_array_equal(got["tokens"], recorded["tokens"])
@@ -208,19 +141,19 @@ def moved(before: Path, after: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("form", ["full", "adapter"])
 def test_a_training_step_starts_from_the_policy(
-    ran: Ran, form: str, full: Callable[[str], Path], adapted: Callable[[str], Path]
+    ran: Runtime, form: str, full: Callable[[str], Path], adapted: Callable[[str], Path]
 ) -> None:
     """Every weight that can have a gradient has moved, and none further than Adam's first step goes.
 
     Of an adapter these are both factors of every module.
     """
     start = adapted("pi0") if form == "adapter" else full("pi0")
-    distances = moved(start, ran.saved(f"train {form}") / LAST)
+    distances = moved(start, ran.trained(f"train {form}") / lerobot.LAST)
     assert min(distances.values()) > STEP / 10 and max(distances.values()) < 2 * STEP
 
 
-def test_a_new_adapter_is_trained(ran: Ran) -> None:
+def test_a_new_adapter_is_trained(ran: Runtime) -> None:
     """`--peft` on bridge's policy: LeRobot's default targets, and `lora_B` has left zero."""
-    factors = tensors(ran.saved("train peft") / LAST)
+    factors = tensors(ran.trained("train peft") / lerobot.LAST)
     assert len(factors) == 2 * (2 * 3 + 5)
     assert all(float(factor.abs().max()) > 0 for factor in factors.values())
