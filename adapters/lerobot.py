@@ -36,6 +36,16 @@ STATISTICS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99")}
 #: names in norm_stats.json -> LeRobot's
 FEATURES = {"state": "observation.state", "actions": "action"}
 
+#: where lerobot-train puts a policy in a step, and steps in a run (utils/constants.py)
+DIRECTORIES = ("pretrained_model", "checkpoints")
+
+#: LeRobot before its processors: statistics as buffers in the file, whose data set may be named
+#: (policies/normalize.py; processor/migrate_policy_normalization.py)
+STATISTICS_IN_WEIGHTS = (
+    r"(?:normalize_inputs|normalize_targets|unnormalize_outputs)"
+    r"\.(?:[^.]+_)?buffer_[^.]+\.(?:mean|std|min|max)"
+)
+
 NORM_STATS = re.compile(r"assets/(.+)/norm_stats\.json")
 TOKENIZER = "google/paligemma-3b-pt-224"
 

@@ -23,6 +23,7 @@ from bridge import (
     Unused,
 )
 
+from . import lerobot
 from .configs import DEFAULT_HORIZON, companions, known_sizes
 from .gemma import expert
 from .pi0_actions import IN_TRANSFORMERS
@@ -80,12 +81,27 @@ _LEROBOT = Layout(
     prefixes=(("", "model."),),
     ties=False,
     needs_base_name=True,
+    facts=lerobot.STATISTICS_IN_WEIGHTS,
     loading="""\
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy  # pi05: PI05Policy
 from peft import PeftModel
 
 policy = PI0Policy.from_pretrained("BASE")
 policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
+)
+
+#: lerobot 0.1 to 0.3, policies/pi0/modeling_pi0.py: names of transformers before 4.52, and norm stats in the file
+_LEROBOT_BEFORE = Layout(
+    name="lerobot-0.3",
+    prefixes=(
+        (f"{_PALIGEMMA}.model.vision_tower.", f"model.{_PALIGEMMA}.vision_tower."),
+        (f"{_PALIGEMMA}.model.multi_modal_projector.", f"model.{_PALIGEMMA}.multi_modal_projector."),
+        (f"{_PALIGEMMA}.model.language_model.", f"model.{_PALIGEMMA}.language_model.model."),
+        (f"{_PALIGEMMA}.lm_head.", f"model.{_PALIGEMMA}.language_model.lm_head."),
+        ("", "model."),
+    ),
+    replaced_by="lerobot",
+    facts=lerobot.STATISTICS_IN_WEIGHTS,
 )
 
 
@@ -159,8 +175,8 @@ def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
         ),
         # every Gemma of openpi and its one SigLIP have these (models/gemma.py, models/siglip.py)
         stock={"paligemma.dim": 256, "siglip.head": 16},
-        # transformers has no pi0.5
-        layouts=(_OPENPI, _LEROBOT) if adaptive else (_OPENPI, _LEROBOT, _TRANSFORMERS),
+        # transformers has no pi0.5, and LeRobot had none in those names
+        layouts=(_OPENPI, _LEROBOT) if adaptive else (_OPENPI, _LEROBOT, _TRANSFORMERS, _LEROBOT_BEFORE),
     )  # fmt: skip
 
 
@@ -203,6 +219,7 @@ FAMILY = Family(
         notes=_norm_stats_notes,
         matters="the policy would use wrong normalization",
     ),
+    directories=lerobot.DIRECTORIES,
     options={
         "action_horizon": Option(
             kind=Number(),

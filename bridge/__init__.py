@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bridge.api import Opened, convert, load_jax, load_nnx, load_torch, open
     from bridge.arrays import Spec
     from bridge.checkpoint.describe import Description, describe
-    from bridge.checkpoint.options import SourceOptions
+    from bridge.checkpoint.options import OpenOptions, SourceOptions
     from bridge.compare.diff import Comparison, diff
     from bridge.conversion.options import Options
     from bridge.conversion.plan import Plan, plan
@@ -38,7 +38,7 @@ _HOMES = {
     "api": ("Opened", "convert", "load_jax", "load_nnx", "load_torch", "open"),
     "arrays": ("Spec",),
     "checkpoint.describe": ("Description", "describe"),
-    "checkpoint.options": ("SourceOptions",),
+    "checkpoint.options": ("OpenOptions", "SourceOptions"),
     "compare.diff": ("Comparison", "diff"),
     "conversion.options": ("Options",),
     "conversion.plan": ("Plan", "plan"),
@@ -77,6 +77,7 @@ __all__ = [
     "Model",
     "Multiple",
     "Number",
+    "OpenOptions",
     "Opened",
     "Option",
     "Options",

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from bridge.arrays import WEIGHT_DTYPES, Spec, all_finite, box
-from bridge.checkpoint.open import open_source, understand
+from bridge.checkpoint.open import open_checkpoint, open_source
+from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.options import OpenOptions, alphas_of
 from bridge.conversion.job import Job
 from bridge.conversion.options import Options
 from bridge.conversion.plan import plan
@@ -34,6 +36,7 @@ from bridge.formats.disk.stamps import changed_files
 from bridge.graph import Form
 from bridge.nnx_arrays import assign, parameters
 from bridge.rules.names import grouped
+from bridge.rules.option import declared
 from bridge.stream.workers import Progress
 from bridge.torch_arrays import tensor
 
@@ -277,8 +280,10 @@ class _Leaves:
 
 def _leaves(path: str | Path, options: Options) -> _Leaves:
     """The leaves of a checkpoint of any format; they are read, or converted in memory, when asked for."""
-    source = open_source(Location.parse(path))
-    checkpoint = understand(source)
+    read = read_options(options)
+    opening = opening_of(read, alphas_of(read), read["rslora"])
+    checkpoint = open_checkpoint(path, opening=opening)
+    source = checkpoint.source
     if format_named(source.format).form is Form.PYTREE:
         refuse_if(checkpoint.problems, CheckpointRefused)
         _no_options(source, options)
@@ -301,7 +306,7 @@ def _state(form: Form) -> str:
 
 
 def _no_options(source: Source, options: Options) -> None:
-    if extra := given(read_options(options)):
+    if extra := [each for each in given(read_options(options)) if each not in declared(OpenOptions)]:
         raise RouteRefused(
             Problem(
                 f"{source.location} is already in this form and is read as it is",

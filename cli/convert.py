@@ -45,7 +45,7 @@ class Convert(Command):
         rows = []
         for family in families():
             models = ", ".join(dict.fromkeys(model.name for model in family.models))
-            layouts = dict.fromkeys(layout.name for model in family.models for layout in model.layouts)
+            layouts = dict.fromkeys(layout.name for model in family.models for layout in model.written)
             rows.append((family.name, f"models {models}; layouts {', '.join(layouts)}"))
         write_section(formatter, "Installed families", rows)
 

@@ -42,7 +42,8 @@ def demo(ctx: click.Context, directory: Path | None) -> None:
         alphas = [f"{expert}={lora['alpha']:g}" for expert, lora in facts["lora"].items()]
 
         _step("What is it?", f"bridge inspect {checkpoint}")
-        ctx.invoke(inspect, path=str(checkpoint), from_=None, as_json=False)
+        with inspect.make_context("inspect", [str(checkpoint)], parent=ctx) as made:
+            inspect.invoke(made)
 
         flags = [f"--lora-alpha {alpha}" for alpha in alphas]
         _step(

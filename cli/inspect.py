@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bridge.checkpoint.options import SOURCE, OpenOptions
 from bridge.display import abbreviated, byte_size
 
+from .options import Command, GroupedOption, options
 from .show import common, say, table
 
 if TYPE_CHECKING:
@@ -16,18 +18,21 @@ if TYPE_CHECKING:
     from bridge.checkpoint.describe import PartDescription
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path")
-@click.option("--from", "from_", help="Format of PATH; detected automatically.")
+@options(OpenOptions)
+@click.option(
+    "--from", "from_", cls=GroupedOption, group=SOURCE, help="Format of PATH; detected automatically."
+)
 @common
-def inspect(path: str, from_: str | None, as_json: bool) -> None:
+def inspect(path: str, from_: str | None, as_json: bool, **options: Any) -> None:
     """Describe the checkpoint at PATH: format, model, dimensions, LoRA ranks, dtypes, what was trained, assets.
 
     Reads names and shapes only. Exit status 1 when a problem is found.
     """
     import bridge
 
-    description = bridge.describe(path, from_)
+    description = bridge.describe(path, from_, **options)
     if as_json:
         click.echo(json.dumps(description.as_json(), indent=2))
     else:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from bridge.arrays import Spec
+from bridge.checkpoint.leave_out import NOTHING, LeftOut
 from bridge.errors import CheckpointRefused, Problem
 from bridge.formats.contract import Source, format_named
 from bridge.graph import State
@@ -60,6 +61,9 @@ class Checkpoint(ABC):
     """Leaf path, or PyTorch name in the rules -> name in the source."""
     sizes: Mapping[str, int]
     problems: tuple[Problem, ...]
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Axes whose sizes neither its tensors nor a config tell -> the sizes that its tensors allow."""
+    left_out: LeftOut = NOTHING
 
     naming: ClassVar[str] = ""
     """What its names are, where they have no layout."""
@@ -245,7 +249,11 @@ class WeightsCheckpoint(Checkpoint):
     def unused(self) -> dict[str, str]:
         compared = set(self.stored.values())
         reasons = self.model.optional(self.layout)
-        return {name: reasons[name] for name in self.source.specs if name not in compared}
+        return {
+            name: reasons.get(name, "a fact of the training, not a weight")
+            for name in self.source.specs
+            if name not in compared
+        }
 
     def unused_weight(self, unused: Unused) -> str | None:
         name = self.layout.rename(unused.weight)
@@ -297,6 +305,10 @@ class AdapterCheckpoint(Checkpoint):
     """A PEFT adapter: factors of some weights, and whole weights that stand in for the base's."""
 
     factors: Mapping[str, Module] = field(default_factory=dict)
+    own_base: Checkpoint | None = None
+    """The base, where both were saved as one model."""
+    alphas_given: bool = False
+    """Whether the user gave its alphas, because no file has them."""
     unapplied: Mapping[str, str] = field(default_factory=dict)
     """Tensors that belong to a weight which the runtime never uses -> why it does not."""
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.given_sizes import flags
+from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import open_checkpoint
+from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.options import OpenOptions
+from bridge.checkpoint.sizes import open_axes
 from bridge.rules.model import Part
+from bridge.rules.option import complete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +57,13 @@ class Description:
         return asdict(self)
 
 
-def describe(path: str | Path, format: str | None = None) -> Description:
+def describe(path: str | Path, format: str | None = None, **options: Unpack[OpenOptions]) -> Description:
     """Describe a checkpoint from names, shapes and dtypes. No tensor data is read.
 
     Args:
         path (`str` or `Path`): the checkpoint, as for :func:`bridge.plan`.
         format (`str`, *optional*): its format; detected by default.
+        **options: the fields of :class:`bridge.OpenOptions`.
 
     Returns:
         `Description`: format, model, sizes of every part, ranks, dtypes, bytes, assets; what is wrong with a
@@ -73,7 +80,8 @@ def describe(path: str | Path, format: str | None = None) -> Description:
         >>> description.state, description.parameters
         ('orbax[base+lora]', 483094)
     """
-    checkpoint = open_checkpoint(path, format)
+    opening = opening_of(complete(OpenOptions, options))
+    checkpoint = open_checkpoint(path, format, opening)
     source = checkpoint.source
     specs = source.specs
     assets = checkpoint.family.assets
@@ -90,9 +98,21 @@ def describe(path: str | Path, format: str | None = None) -> Description:
         stored_bytes=sum(source.stored_bytes(name) for name in specs),
         parts=tuple(_part(checkpoint, part) for part in checkpoint.model.parts),
         assets=tuple((source.root / assets.directory).files()) if assets is not None else (),
-        notes=source.notes,
-        problems=tuple(problem.cause for problem in checkpoint.problems),
+        notes=(*source.notes, *_open_sizes(checkpoint)),
+        problems=tuple(
+            problem.cause for problem in (*checkpoint.problems, *unmatched(opening, [checkpoint.left_out]))
+        ),
     )
+
+
+def _open_sizes(checkpoint: Checkpoint) -> list[str]:
+    """A note about sizes that a conversion to JAX needs and that nothing tells."""
+    if not checkpoint.choices:
+        return []
+    return [
+        f"shapes do not tell {', '.join(open_axes(checkpoint.model, checkpoint.sizes))}: give "
+        f"{flags(checkpoint.choices)} where they are needed"
+    ]
 
 
 def _part(checkpoint: Checkpoint, part: Part) -> PartDescription:

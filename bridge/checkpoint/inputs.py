@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from bridge.arrays import Spec
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.given_sizes import flags
+from bridge.checkpoint.sizes import open_axes
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.lora.factors import Scale
@@ -99,21 +101,14 @@ def shape_problems(inputs: Inputs) -> list[Problem]:
 
 def size_problems(inputs: Inputs) -> list[Problem]:
     """Sizes that a JAX pytree needs and PyTorch weights alone do not tell."""
-    model, sizes = inputs.model, inputs.weights.sizes
-    unknown = sorted(
-        {
-            model.qualified(part.name, axis)
-            for part in model.parts
-            for rule in part.rules
-            for axis in rule.equation.left
-            if axis.isidentifier() and model.qualified(part.name, axis) not in sizes
-        }
-    )
-    if not unknown or inputs.weights.problems:
+    weights = inputs.weights
+    unknown = open_axes(inputs.model, weights.sizes)
+    if not unknown or weights.problems:
         return []
+    hint = weights.family.size_hint
     return [
         Problem(
-            f"{inputs.weights.source.location}: cannot infer {', '.join(unknown)} from tensor shapes",
-            inputs.weights.family.size_hint,
+            f"{weights.source.location}: cannot infer {', '.join(unknown)} from tensor shapes",
+            f"add {flags(weights.choices)}, or --config FILE; or {hint}" if weights.choices else hint,
         )
     ]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bridge.checkpoint.checkpoint import TreeCheckpoint
-from bridge.checkpoint.match import fit_leaves
+from bridge.checkpoint.given_sizes import told_sizes
+from bridge.checkpoint.leave_out import NOTHING, without
+from bridge.checkpoint.match import Fit, fit_leaves
+from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.problems import (
     absent_leaves,
     count_problems,
@@ -21,7 +26,7 @@ from bridge.rules.names import NameIndex, Template
 from bridge.rules.rule import Rule
 
 
-def understand_tree(source: Source) -> TreeCheckpoint:
+def understand_tree(source: Source, opening: Opening = BARE) -> TreeCheckpoint:
     """Work out which model a pytree is.
 
     Raises:
@@ -30,6 +35,10 @@ def understand_tree(source: Source) -> TreeCheckpoint:
     fit = fit_leaves(source.specs)
     if fit is None:
         raise unknown(source, source.specs)
+    left_out = NOTHING
+    if opening.leave_out:
+        source, left_out = without(source, opening.leave_out, _known(fit))
+        fit = fit_leaves(source.specs) or fit
     stored, model, runtime = fit.leaves.stored, fit.model, fit.family.runtime
     problems = [*fit.leaves.problems, *fit_problems(source, fit, "leaf"), *dtype_problems(source, runtime)]
 
@@ -51,6 +60,8 @@ def understand_tree(source: Source) -> TreeCheckpoint:
     counted, gaps = numbers.dimensions()
     sizes, disagreements = solve([*fixed_dimensions(model, runtime, seen), *seen, *counted], model)
     problems += factor_problems(source, fit, sizes)
+    if not disagreements:
+        problems += located(source, told_sizes(opening, fit.family, model, sizes)[1])
     problems += located(source, [*gaps, *disagreements])
     too_many = count_problems(source, model, sizes)
     problems += too_many or absent_leaves(source, model, stored, sizes)
@@ -63,7 +74,22 @@ def understand_tree(source: Source) -> TreeCheckpoint:
         value_suffix=fit.leaves.suffixed,
         sizes=sizes,
         problems=tuple(problems),
+        left_out=left_out,
     )
+
+
+def _known(fit: Fit) -> Callable[[str], str]:
+    """What a leaf is to the model that fits best, by its stored name."""
+    index, model = _index(fit.model), fit.model
+    leaves = {stored: leaf for leaf, stored in fit.leaves.stored.items()}
+
+    def known(name: str) -> str:
+        leaf = leaves.get(name, name)
+        if any(leaf in (rule.factor_leaves or ()) for rule in model.rules):
+            return "is LoRA: --to torch-base writes the model without it"
+        return f"{model.name} has" if index.find(leaf) is not None or leaf in model.ignored else ""
+
+    return known
 
 
 def _index(model: Model) -> NameIndex[tuple[int, Part, tuple[str, ...]]]:

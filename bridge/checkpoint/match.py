@@ -103,7 +103,11 @@ def fit_weights(weights: Iterable[str]) -> list[Fit]:
                     for alias, of in model.tied.items()
                     if skeleton(layout.rename(alias))[0] in kinds
                 }
-                extra = [name for name in names if keys[name] not in optional and index.form_of(name) is None]
+                extra = [
+                    name
+                    for name in names
+                    if keys[name] not in optional and index.form_of(name) is None and not layout.is_fact(name)
+                ]
                 fits.append(
                     Fit(
                         family=family,
@@ -122,6 +126,15 @@ def fit_weights(weights: Iterable[str]) -> list[Fit]:
     if best is None:
         return []
     return [fit for fit in fits if fit.errors == best.errors and fit.layout == best.layout]
+
+
+def known_weight(fits: Iterable[Fit], name: str) -> bool:
+    """Whether a PyTorch name stands for something in any of the models."""
+    return any(
+        weight_index(fit.model, fit.layout).form_of(name) is not None
+        or skeleton(name)[0] in {skeleton(each)[0] for each in fit.model.optional(fit.layout)}
+        for fit in fits
+    )
 
 
 def weight_index(model: Model, layout: Layout) -> NameIndex[tuple[Part, Rule]]:

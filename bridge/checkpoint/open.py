@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
+from bridge.checkpoint.directories import find
+from bridge.checkpoint.items import item_of, training_state
 from bridge.checkpoint.leaves import understand_tree
+from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.peft_set import understand_adapter
-from bridge.checkpoint.weights import understand_weights
+from bridge.checkpoint.state_dict import understand_peft, understand_state_dict
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Source, format_named, formats, states
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors.header import pickle_problem
 from bridge.formats.safetensors.torch import pickles
+from bridge.formats.view import View
 from bridge.graph import Form
 
-_UNDERSTAND: Mapping[Form, Callable[[Source], Checkpoint]] = {
+_UNDERSTAND: Mapping[Form, Callable[[Source, Opening], Checkpoint]] = {
     Form.PYTREE: understand_tree,
-    Form.STATE_DICT: understand_weights,
-    Form.ADAPTER: understand_adapter,
+    Form.STATE_DICT: understand_state_dict,
+    Form.ADAPTER: understand_peft,
 }
 
 
-def open_source(path: str | Path | Location, format: str | None = None) -> Source:
+def open_source(path: str | Path | Location, format: str | None = None, opening: Opening = BARE) -> Source:
     """Open whatever lies at a path; formats recognize themselves unless one is named.
+
+    Args:
+        path: of a checkpoint, or of a directory that one is found in: a run, a step, a hub's cache.
+        format: its format, or a state of it.
+        opening: of it, the item is used: a directory below the path, or a part of a training state.
 
     Raises:
         SourceRefused: nothing is there, no format claims it, or several do.
     """
-    location = Location.parse(path)
+    location, notes = find(
+        Location.parse(path), lambda place: any(known.claims(place) for known in formats())
+    )
+    inner, below, chosen = item_of(location, opening.item)
+    source = _open(inner, format)
+    if notes := (*notes, *chosen):
+        source = View.of(source, {name: name for name in source.specs}, *notes)
+    return training_state(source, below)
+
+
+def _open(location: Location, format: str | None) -> Source:
     known = {known.name: known for known in formats()}
     if format is not None:
         name = next((state.format for state in states() if state.name == format), format)
@@ -65,21 +85,32 @@ def open_source(path: str | Path | Location, format: str | None = None) -> Sourc
     return claiming[0].open(location)
 
 
-def understand(source: Source) -> Checkpoint:
+def understand(source: Source, opening: Opening = BARE) -> Checkpoint:
     """Work out which model a source contains.
 
     Raises:
         CheckpointRefused: no family's model fits even half of its names.
     """
-    return _UNDERSTAND[format_named(source.format).form](source)
+    return _UNDERSTAND[format_named(source.format).form](source, opening)
 
 
-def open_checkpoint(path: str | Path | Location, format: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path | Location, format: str | None = None, opening: Opening = BARE
+) -> Checkpoint:
     """Open a path and work out which model it contains. Raises Refusal."""
-    return understand(open_source(path, format))
+    return understand(open_source(path, format, opening), opening)
+
+
+def open_base(checkpoint: Checkpoint, base: str | Path | None, opening: Opening) -> Checkpoint | None:
+    """The base given, else the one that an adapter was saved with; None where there is neither. Raises Refusal."""
+    if base is not None:
+        return open_checkpoint(base, opening=replace(opening, item=None))
+    return checkpoint.own_base if isinstance(checkpoint, AdapterCheckpoint) else None
 
 
 def adapter_of(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """An adapter as one of its base's model, where several models have the paths of its modules."""
-    known = adapter.model.name == base.model.name
-    return adapter if known else understand_adapter(adapter.source, base.model.name)
+    saved_with_base = isinstance(adapter, AdapterCheckpoint) and adapter.alphas_given
+    if adapter.model.name == base.model.name or saved_with_base:
+        return adapter
+    return replace(understand_adapter(adapter.source, base.model.name), left_out=adapter.left_out)

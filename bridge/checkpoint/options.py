@@ -1,11 +1,22 @@
 """The options of every verb that reads policies: what a checkpoint does not record about itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 from bridge.graph import State
-from bridge.rules.option import ByPart, Flag, Number, Option, PathOrUrl, documented
+from bridge.rules.option import (
+    ByName,
+    ByPart,
+    File,
+    Flag,
+    Number,
+    Option,
+    PathOrUrl,
+    Text,
+    Texts,
+    documented,
+)
 
 SOURCE = "Source"
 
@@ -14,7 +25,41 @@ def _beside_an_adapter(source: State, target: State) -> bool:
     return "lora" in (source.contents, target.contents)
 
 
-class SourceOptions(TypedDict, total=False):
+class OpenOptions(TypedDict, total=False):
+    """Options of every verb that opens a checkpoint: what its path does not tell."""
+
+    item: Annotated[
+        str | None,
+        Option(
+            kind=Text("NAME"),
+            group=SOURCE,
+            help="Which of several sets of weights to read where a directory or file has more: an item of a "
+            "checkpoint manager, the base or the adapter of a whole model with LoRA.",
+        ),
+    ]
+    size: Annotated[
+        Mapping[str, int] | None,
+        Option(
+            kind=ByName("AXIS=N"),
+            group=SOURCE,
+            help="Size of an axis that shapes do not tell, such as a number of heads. Repeatable.",
+        ),
+    ]
+    config: Annotated[
+        str | Path | None,
+        Option(kind=File(), group=SOURCE, help="A config.json to take such sizes from."),
+    ]
+    leave_out: Annotated[
+        Sequence[str],
+        Option(
+            kind=Texts("PATTERN"),
+            group=SOURCE,
+            help="Names of arrays to leave out that the model does not have, such as 'value_head.*'. Repeatable.",
+        ),
+    ]
+
+
+class SourceOptions(OpenOptions, total=False):
     """Options of every verb that reads policies."""
 
     base: Annotated[
@@ -43,6 +88,7 @@ class SourceOptions(TypedDict, total=False):
     workers: Annotated[int, Option(kind=Number(), default=2, help="Worker threads.")]
 
 
+OpenOptions.__doc__ = documented(OpenOptions)
 SourceOptions.__doc__ = documented(SourceOptions)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
+from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.match import Fit
 from bridge.errors import CheckpointRefused, Problem
 from bridge.formats.contract import Source
@@ -40,7 +41,8 @@ def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
     problems += [
         Problem(
             f"{source.location}: {kind} {name} is not part of {fit.model.name}",
-            "it would be lost: convert a copy without it, or declare it in a plug-in",
+            f"it would be lost: add --leave-out {pattern_for(name)!r} where you do not need it, or declare it in a "
+            "plug-in",
         )
         for name in fit.extra
     ]

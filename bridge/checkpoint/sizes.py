@@ -137,6 +137,59 @@ def solve(
     return sizes, [*problems, *_product_problems(unsolved), *_multiple_problems(model, sizes)]
 
 
+def open_axes(model: Model, sizes: Mapping[str, int]) -> list[str]:
+    """The axes of a model's leaves that have no size, sorted."""
+    return sorted(axis for axis in axes_of(model) if axis not in sizes)
+
+
+def axes_of(model: Model) -> set[str]:
+    """The axes of a model's leaves, qualified and canonical."""
+    return {
+        model.qualified(part.name, axis)
+        for part in model.parts
+        for rule in part.rules
+        for axis in rule.equation.left
+        if axis.isidentifier()
+    }
+
+
+def choices(seen: Iterable[Dimension], model: Model, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """A few axes whose sizes would tell all that shapes leave open -> the sizes that shapes allow each.
+
+    Args:
+        seen: every dimension of every array.
+        model: whose axes they are.
+        sizes: all that is known.
+    """
+    dimensions, known = list(seen), dict(sizes)
+    found: dict[str, tuple[int, ...]] = {}
+    while open_products := [each for each in dimensions if any(axis not in known for axis in each.axes)]:
+        # the longest: heads are better known than the key-value heads or the width of one
+        product = max(open_products, key=lambda each: each.length)
+        axis = next(axis for axis in product.axes if axis not in known)
+        fitting = fitting_sizes(dimensions, model, known, axis)
+        if not fitting:
+            break
+        found[axis] = fitting
+        # which axes follow from it does not depend on the size it has
+        known, _ = solve(dimensions, model, {**known, axis: fitting[0]})
+    return found
+
+
+def fitting_sizes(
+    seen: Iterable[Dimension], model: Model, sizes: Mapping[str, int], axis: str
+) -> tuple[int, ...]:
+    """The sizes of an axis that the shapes allow; none for an axis of no array."""
+    dimensions = list(seen)
+    length = max((each.length for each in dimensions if axis in each.axes), default=0)
+    return tuple(n for n in _divisors(length) if not solve(dimensions, model, {**sizes, axis: n})[1])
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]  # none of 0
+    return sorted({*small, *(number // n for n in small)})
+
+
 def _solve_axes(single: Mapping[str, list[Dimension]], sizes: dict[str, int]) -> list[Problem]:
     """Add the size that most arrays give each axis; what the others give is a problem."""
     problems = []

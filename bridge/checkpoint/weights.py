@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bridge.checkpoint.checkpoint import WeightsCheckpoint
+from bridge.checkpoint.given_sizes import contradictions, told_sizes
 from bridge.checkpoint.match import Fit, fit_weights, place_weights
+from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.problems import (
     absence_problems,
     count_problems,
@@ -15,6 +19,8 @@ from bridge.checkpoint.problems import (
 from bridge.checkpoint.sizes import (
     Dimension,
     Numbers,
+    axes_of,
+    choices,
     dimensions,
     fixed_dimensions,
     located,
@@ -26,8 +32,8 @@ from bridge.errors import Problem
 from bridge.formats.contract import Source
 
 
-def understand_weights(source: Source) -> WeightsCheckpoint:
-    """Work out which model a state_dict is of.
+def understand_weights(source: Source, opening: Opening = BARE) -> WeightsCheckpoint:
+    """Work out which model a state_dict is of, whose names are those of a model alone.
 
     Raises:
         CheckpointRefused: no family's model fits even half of its weights.
@@ -36,11 +42,13 @@ def understand_weights(source: Source) -> WeightsCheckpoint:
     if not fits:
         raise unknown(source, source.specs)
     # models whose PyTorch names are the same differ in shapes; that of fewer leaves is the special case
-    read = [_as_weights(source, fit) for fit in fits]
-    return min(read, key=lambda each: (len(each.problems), len(list(each.model.rules))))
+    read = [_as_weights(source, fit, opening) for fit in fits]
+    best, faults = min(read, key=lambda each: (len(each[0].problems), len(list(each[0].model.rules))))
+    return replace(best, problems=(*best.problems, *faults))
 
 
-def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
+def _as_weights(source: Source, fit: Fit, opening: Opening) -> tuple[WeightsCheckpoint, list[Problem]]:
+    """A state_dict as one of a model, and what is wrong with the sizes that the user gave."""
     model, runtime = fit.model, fit.family.runtime
     problems = fit_problems(source, fit, "tensor") + dtype_problems(source, runtime)
     # a tied weight may be stored under its alias, or under both names
@@ -70,11 +78,12 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
         seen += dimensions(model, place.part, zip(groups, shape, strict=True), name)
         numbers.add(place.part, {axis: place.at[axis] for axis in place.rule.template.numbered})
     counted, gaps = numbers.dimensions()
-    sizes, disagreements = _solve(source, fit, [*fixed_dimensions(model, runtime, seen), *seen, *counted])
+    seen = [*fixed_dimensions(model, runtime, seen), *seen, *counted]
+    sizes, disagreements, faults = _solve(source, fit, seen, opening)
     problems += located(source, [*gaps, *disagreements])
     too_many = count_problems(source, model, sizes)
     problems += too_many or absence_problems(source, model, stored, sizes)
-    return WeightsCheckpoint(
+    weights = WeightsCheckpoint(
         source=source,
         family=fit.family,
         model=model,
@@ -82,26 +91,36 @@ def _as_weights(source: Source, fit: Fit) -> WeightsCheckpoint:
         stored=stored,
         sizes=sizes,
         problems=tuple(problems),
+        choices={} if problems else choices(seen, model, sizes),
     )
+    return weights, located(source, faults)
 
 
-def _solve(source: Source, fit: Fit, seen: list[Dimension]) -> tuple[dict[str, int], list[Problem]]:
-    """Sizes from tensors, and what they leave open (heads) from a config or the stock models."""
-    model, config = fit.model, source.metadata.get("config.json")
+def _solve(
+    source: Source, fit: Fit, seen: list[Dimension], opening: Opening
+) -> tuple[dict[str, int], list[Problem], list[Problem]]:
+    """Sizes from tensors, and what they leave open (heads) from the user, a config or the stock models.
+
+    Returns:
+        The sizes, the tensors that disagree, and what is wrong with the sizes given.
+    """
+    model, beside = fit.model, source.metadata.get("config.json")
     sizes, problems = solve(seen, model)
-    told = fit.family.known_sizes(config) if fit.family.known_sizes and isinstance(config, dict) else {}
-    axes = {
-        model.qualified(part.name, axis)
-        for part in model.parts
-        for rule in part.rules
-        for axis in rule.equation.left
-    }
-    carried: dict[str, int] = {}
-    for known in (recorded_sizes(source.root), told, model.stock):
-        named = {model.canonical.get(axis, axis): size for axis, size in known.items()}
-        more = carried | {axis: size for axis, size in named.items() if axis in axes - sizes.keys()}
+    if problems:
+        return sizes, problems, []
+    told, faults = told_sizes(opening, fit.family, model, sizes)
+    known = {axis: size for axis, size in told.items() if axis not in sizes}
+    solved, trouble = solve(seen, model, known)
+    if trouble:
+        return sizes, [], [*faults, *contradictions(opening, known, seen, model, sizes)]
+    sizes = solved
+    axes = axes_of(model)
+    config = fit.family.known_sizes(beside) if fit.family.known_sizes and isinstance(beside, dict) else {}
+    for more in (recorded_sizes(source.root), config, model.stock):
+        named = {model.canonical.get(axis, axis): size for axis, size in more.items()}
+        more = known | {axis: size for axis, size in named.items() if axis in axes - sizes.keys()}
         solved, trouble = solve(seen, model, more)
         # what contradicts the tensors is not theirs: a config of another model, no stock model
-        if not trouble and not problems:
-            sizes, carried = solved, more
-    return sizes, problems
+        if not trouble:
+            sizes, known = solved, more
+    return sizes, [], faults

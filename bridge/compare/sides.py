@@ -8,7 +8,7 @@ each is in memory (a run of rows, for an embedding) for every worker.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from bridge.arrays import FLOAT32
-from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
 from bridge.checkpoint.inputs import Inputs, shape_problems
-from bridge.checkpoint.open import adapter_of, open_checkpoint
+from bridge.checkpoint.open import adapter_of, open_base, open_checkpoint
+from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.scales import scales
 from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
-from bridge.graph import Form
 from bridge.lora.factors import LowRank, Matrices, Scale
 from bridge.rules.equation import Index
 from bridge.rules.model import Bound, Model, Part
@@ -58,6 +58,11 @@ class Side:
     @property
     def has_lora(self) -> bool:
         return self.checkpoint.has_lora
+
+    @property
+    def checkpoints(self) -> Iterable[Checkpoint]:
+        """All that it reads from."""
+        return self.inputs.checkpoints.values()
 
 
 @dataclass(frozen=True)
@@ -100,22 +105,32 @@ def open_side(
     rslora: bool,
     *,
     needs_scale: bool = True,
+    opening: Opening = BARE,
 ) -> Side:
     """Open a checkpoint, or an adapter with its base.
+
+    Args:
+        path: of the checkpoint.
+        base: that an adapter applies to; of one that was saved with its base, that by default.
+        lora_alpha: by part.
+        rslora: whether the run used rank-stabilised LoRA.
+        needs_scale: whether factors count.
+        opening: what the path does not tell; its item is of the checkpoint alone.
 
     Raises:
         Refusal: with every problem.
     """
-    checkpoint = open_checkpoint(path)
-    if checkpoint.state.form is Form.ADAPTER:
-        if base is None:
+    checkpoint = open_checkpoint(path, opening=opening)
+    if isinstance(checkpoint, AdapterCheckpoint):
+        if base is None and checkpoint.own_base is None:
             raise RouteRefused(
                 Problem(
                     f"{checkpoint.source.location} is an adapter and needs its base",
                     "add --base PATH",
                 )
             )
-        weights = open_checkpoint(base)
+        weights = open_base(checkpoint, base, opening)
+        assert weights is not None
         inputs = Inputs(adapter_of(weights, checkpoint), weights)
         problems = [*inputs.source.problems, *weights.problems]
         if not problems:

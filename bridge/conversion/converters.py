@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
+from bridge.checkpoint.checkpoint import AdapterCheckpoint
 from bridge.checkpoint.inputs import Inputs
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import scales
@@ -31,6 +32,8 @@ Scaling = Callable[[Inputs, Options], tuple[dict[str, int], dict[str, Scale], li
 
 def own_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dict[str, Scale], list[Problem]]:
     """The scales of the source's own factors."""
+    if isinstance(inputs.source, AdapterCheckpoint) and inputs.source.alphas_given:
+        return {}, {}, []  # they are in the scale of every module
     return {}, *scales(inputs.source, alphas_of(options), options["rslora"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bridge.checkpoint.checkpoint import AdapterCheckpoint
 from bridge.checkpoint.inputs import Inputs
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import alpha_problems, recorded_scales
@@ -28,6 +29,9 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
     stock rank; alpha likewise, where the runtime scales the part's factors.
     """
     given, rslora = alphas_of(options), options["rslora"]
+    if isinstance(inputs.source, AdapterCheckpoint) and inputs.source.alphas_given:
+        # they are those of the run that trained it, which are in the scale of every module
+        given, rslora = {}, False
     root = inputs.source.source.root
     recorded, runtime = recorded_scales(root), inputs.weights.family.runtime
     where = inputs.source.source.location

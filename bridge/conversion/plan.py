@@ -11,7 +11,10 @@ from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.checkpoint.assets import Assets, read_assets
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
-from bridge.checkpoint.open import adapter_of, open_checkpoint
+from bridge.checkpoint.leave_out import unmatched
+from bridge.checkpoint.open import adapter_of, open_base, open_checkpoint
+from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.options import alphas_of
 from bridge.compare.base import misfits
 from bridge.conversion.converters import Edge, converters, no_scales
 from bridge.conversion.job import Job
@@ -93,18 +96,23 @@ def plan(
     options = read_options(options)
     base = options["base"]
     destination = None if dst is None else Path(dst).expanduser().absolute()
-    checkpoint = open_checkpoint(src, options["from_"])
+    opening = opening_of(options, alphas_of(options), options["rslora"])
+    checkpoint = open_checkpoint(src, options["from_"], opening)
     problems: list[Problem] = []
     if destination is not None:
         problems += check_destination(
             destination, checkpoint.source.root.local, overwrite=options["overwrite"]
         )
-    way = _route(checkpoint, to, options["fold"], base is not None, [*checkpoint.problems, *problems])
+    reference = open_base(checkpoint, base, opening)
+    way = _route(checkpoint, to, options["fold"], reference is not None, [*checkpoint.problems, *problems])
     target = way[-1].target
-    reference = None if base is None else _base(base, checkpoint, target)
+    if reference is not None:
+        _check_base(reference, checkpoint, target)
     if reference is not None and checkpoint.state.form is Form.ADAPTER:
         checkpoint = adapter_of(reference, checkpoint)
     problems = [*checkpoint.problems, *problems]
+    opened = (checkpoint, *((reference,) if reference is not None else ()))
+    problems += unmatched(opening, (each.left_out for each in opened))
     inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
     family = inputs.weights.family
     if reference is not None:
@@ -120,9 +128,9 @@ def plan(
     if target.form is Form.PYTREE:
         problems += size_problems(inputs)
     name = options["layout"]
-    layout = inputs.model.layouts[0] if name is None else inputs.model.layout(name)
+    layout = inputs.model.written[0] if name is None else inputs.model.layout(name)
     if layout is None:
-        have = ", ".join(known.name for known in inputs.model.layouts)
+        have = ", ".join(known.name for known in inputs.model.written)
         problems.append(Problem(f"{inputs.model.name} has no layout {name}", f"use one of {have}"))
     if problems or layout is None:
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
@@ -161,6 +169,7 @@ def plan(
         outputs=outputs,
         notes=(
             *checkpoint.source.notes,
+            *_base_notes(inputs),
             *_link_notes(checkpoint.source),
             *(note for each in inputs.checkpoints.values() for note in each.reports()),
             *built.notes,
@@ -179,6 +188,13 @@ def plan(
         refuse_if(problems, OutputRefused)
         refuse_if(check_space(destination, planned.bytes_written), OutputRefused)
     return planned
+
+
+def _base_notes(inputs: Inputs) -> list[str]:
+    """What was chosen when the base was opened, where it is no part of the source itself."""
+    if inputs.base is None:
+        return []
+    return [f"base: {note}" for note in inputs.base.source.notes if note not in inputs.source.source.notes]
 
 
 def _is_whole(target: State) -> bool:
@@ -221,9 +237,8 @@ def _link_notes(source: Source) -> list[str]:
     return [f"{outside[0]} is a symlink to {real[outside[0]]}{more}"]
 
 
-def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint:
-    """The base an adapter applies to, or the reference that weights are compared with."""
-    reference = open_checkpoint(base)
+def _check_base(reference: Checkpoint, checkpoint: Checkpoint, target: State) -> None:
+    """Refuse what is neither the base of an adapter, nor a reference that weights can be compared with."""
     where = reference.source.location
     if reference.state.form is Form.ADAPTER:
         raise CheckpointRefused(
@@ -242,7 +257,6 @@ def _base(base: str | Path, checkpoint: Checkpoint, target: State) -> Checkpoint
                 "give a base of the same model",
             )
         )
-    return reference
 
 
 def _with_files(

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.conversion.job import Job
 from bridge.publish.record import combined, files_in, self_checksum
 from bridge.stream.output import Output
@@ -39,6 +40,7 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
                 "format": checkpoint.source.format,
                 "state": str(checkpoint.state),
                 "value_suffix": checkpoint.suffixed,
+                **_left_out(checkpoint),
                 "fingerprint": combined({name: sum for (which, name), sum in read.items() if which == key}),
                 "arrays": {
                     name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[which, name]}
@@ -61,6 +63,12 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
     }
     record["record"] = self_checksum(record)
     return json.dumps(record, indent=2) + "\n"
+
+
+def _left_out(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The arrays that the user left out, where there are any; they are not read, so that they have no checksum."""
+    arrays = checkpoint.left_out.arrays
+    return {"left_out": {name: str(spec) for name, spec in sorted(arrays.items())}} if arrays else {}
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ def build_pytree(request: Request) -> Built:
             steps.append(_factor_step(request, bound, factors or ModuleFactors({})))
     output = Output(
         state=request.target,
-        layout=inputs.model.layouts[0],
+        layout=inputs.model.written[0],
         dtype=request.dtype,
         steps=tuple(steps),
         specs=collect(inputs.model.name, tuple(steps)),

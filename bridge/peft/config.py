@@ -82,6 +82,26 @@ class AdapterConfig:
         return next(iter(self.clock.matching(patterns, module)), "")
 
 
+@dataclass(frozen=True)
+class KnownFactors:
+    """What an :class:`AdapterConfig` tells, of an adapter that was saved without one: factors are what they are."""
+
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+
+    def rank(self, module: str) -> int:
+        return self.ranks[module]
+
+    def scale(self, module: str) -> float:
+        return self.scales[module]
+
+    def applies(self, module: str) -> bool:
+        return True
+
+    def saves(self, module: str) -> bool:
+        return True
+
+
 def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | None, list[Problem]]:
     """Read a config; a problem names each field that would make PEFT compute something else."""
     problems: list[Problem] = []

@@ -121,6 +121,8 @@ class Family:
     size_hint: str = "put the config.json of the model beside them"
     """What to do where tensors alone do not tell every size."""
     assets: AssetDirectory | None = None
+    directories: tuple[str, ...] = ()
+    """Where its trainers put weights below a step or a run, the innermost first."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """Options of its own, by keyword: a flag of ``bridge convert``, a keyword of :func:`bridge.plan`, and a
     value in :attr:`Facts.settings`."""

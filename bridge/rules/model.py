@@ -6,6 +6,7 @@ by shapes (:mod:`bridge.checkpoint.sizes`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,6 +84,14 @@ class Layout:
     """Python that loads an adapter onto its base, ``BASE`` and ``ADAPTER``, for the model card."""
     needs_base_name: bool = False
     """Whether its loader finds an adapter's base by ``base_model_name_or_path`` alone."""
+    replaced_by: str = ""
+    """The layout that took its place: names of an earlier version, which are read and not written."""
+    facts: str = ""
+    """Pattern (re) of the names of arrays that are no weights: facts that the family reads."""
+
+    def is_fact(self, name: str) -> bool:
+        """Whether an array of this name is a fact beside the weights."""
+        return bool(self.facts) and re.fullmatch(self.facts, name) is not None
 
     def rename(self, weight: str) -> str:
         """The name (or template) ``weight`` has in this layout."""
@@ -208,8 +217,14 @@ class Model:
             (alias for alias, of in self.tied.items() if of == weight and alias in self.applied), weight
         )
 
+    @property
+    def written(self) -> tuple[Layout, ...]:
+        """The layouts that are written; the first is the default."""
+        return tuple(layout for layout in self.layouts if not layout.replaced_by)
+
     def layout(self, name: str) -> Layout | None:
-        return next((layout for layout in self.layouts if layout.name == name), None)
+        """The layout of a name, where it is written."""
+        return next((layout for layout in self.written if layout.name == name), None)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,56 @@ class ByPart(Kind):
         ]
 
 
+@dataclass(frozen=True)
+class ByName(ByPart):
+    """Positive whole numbers by name, and none without a name.
+
+    The command reads ``encoder.head=8,decoder.head=4``; the library takes ``{"encoder.head": 8}``.
+    """
+
+    whole: bool = True
+
+    @property
+    def expects(self) -> str:
+        return f"NAME={super().expects}"
+
+    def convert(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"a mapping of name to {self.number.expects}")
+        return super().convert(value)
+
+    def read(self, text: str) -> Any:
+        numbers = super().read(text)
+        if not isinstance(numbers, Mapping) or "" in numbers:
+            raise ValueError(f"{text!r} is not {self.metavar}")
+        return numbers
+
+
+@dataclass(frozen=True)
+class Texts(Kind):
+    """Any number of texts."""
+
+    metavar: str = "TEXT"
+    repeatable: ClassVar[bool] = True
+    absent: ClassVar[Any] = ()
+
+    @property
+    def expects(self) -> str:
+        return "texts"
+
+    def convert(self, value: Any) -> tuple[str, ...]:
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a list of texts")
+        return tuple(texts)
+
+    def read(self, text: str) -> tuple[str, ...]:
+        return tuple(each.strip() for each in text.split(","))
+
+    def wrong(self, value: Any) -> list[str]:
+        return [] if all(value) else ["empty"]
+
+
 def always(source: State, target: State) -> bool:
     """The ``fits`` of an option that has an effect on every conversion."""
     return True

@@ -38,11 +38,15 @@ from bridge.formats.orbax.sink import create
 from bridge.graph import Form, State
 
 ITEM = "params"
+#: entries of a step that are looked into
+MAX_ITEMS = 64
+#: an item with the state of the optimizer; whether the weights are in it depends on the trainer
+TRAINING = "train_state"
 UNFINISHED = ".orbax-checkpoint-tmp"
 #: suffixes of interrupted downloads
 PARTIAL = (".gstmp", ".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 
-_MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, "train_state"}
+_MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, TRAINING}
 
 
 @dataclass(frozen=True)
@@ -213,13 +217,26 @@ def claims(location: Location) -> bool:
     return (
         UNFINISHED in location.url
         or _marked(names)
+        or bool(_items(location, names))
         # one level only: symlinks may form loops
-        or any(_step(name) is not None and _marked((location / name).names()) for name in names)
+        or any(
+            _marked(inner) or _items(location / name, inner)
+            for name in names
+            if _step(name) is not None
+            for inner in [(location / name).names()]
+        )
     )
 
 
 def _marked(names: list[str]) -> bool:
     return any(name in _MARKS or name.startswith("ocdbt.process_") or UNFINISHED in name for name in names)
+
+
+def _items(location: Location, names: list[str]) -> list[str]:
+    """The items of a step, of any name: directories that have the metadata of a tree in them."""
+    if location.local is None or len(names) > MAX_ITEMS:
+        return [name for name in names if name == ITEM]  # listing a bucket takes long
+    return [name for name in names if (location / name / "_METADATA").is_file()]
 
 
 def open_orbax(location: Location) -> OrbaxSource:
@@ -267,11 +284,21 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
         or "manifest.ocdbt" in names
         or any(n.startswith("ocdbt.process_") for n in names)
     ):
-        return location, location.parent if location.name == ITEM else location, ()
+        return location, location.parent if _is_item(location) else location, ()
     if ITEM in names:
         return location / ITEM, location, ()
+    if items := [name for name in _items(location, names) if name != TRAINING]:
+        return _only_item(location, items)
     steps = sorted((number, name) for name in names if (number := _step(name)) is not None)
     complete = [name for _, name in steps if (location / name / ITEM / "_METADATA").is_file()]
+    others = [name for _, name in steps if _items(location / name, (location / name).names())]
+    if others and not complete:
+        params, root, notes = resolve(location / others[-1])
+        return (
+            params,
+            root,
+            (printable(f"using step {others[-1]}, the latest complete step of {location}"), *notes),
+        )
     if complete:
         skipped = [name for _, name in steps if name not in complete] + [n for n in names if UNFINISHED in n]
         note = f"using step {complete[-1]}, the latest complete step of {location}"
@@ -285,11 +312,12 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
                 "let the save finish, or convert another run",
             )
         )
-    if "train_state" in names:
+    if TRAINING in names:
         raise SourceRefused(
             Problem(
-                f"{location} contains train_state but no {ITEM}/",
-                "copy params/ from the training machine as well",
+                f"{location} contains {TRAINING} but no {ITEM}/",
+                f"copy {ITEM}/ from the training machine as well; weights that are in {TRAINING} itself are read "
+                f"with --item {TRAINING}",
             )
         )
     if ITEM in location.parent.names():
@@ -302,6 +330,25 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
             f"give the step directory that contains {ITEM}/",
         )
     )
+
+
+def _is_item(location: Location) -> bool:
+    """Whether a directory is one of the items of a step, beside which assets are."""
+    return location.name == ITEM or (
+        location.local is not None and (location.parent / "_CHECKPOINT_METADATA").is_file()
+    )
+
+
+def _only_item(location: Location, items: list[str]) -> tuple[Location, Location, tuple[str, ...]]:
+    """The item of a step that has one, of whatever name."""
+    if len(items) > 1:
+        raise SourceRefused(
+            Problem(
+                f"{location} has several items: {', '.join(items)}",
+                f"choose one: --item {' or '.join(items)}",
+            )
+        )
+    return location / items[0], location, (printable(f"using item {items[0]}, the only one of {location}"),)
 
 
 def _step(name: str) -> int | None:

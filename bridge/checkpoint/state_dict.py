@@ -1,0 +1,213 @@
+"""A state_dict as a trainer left it: a model's names behind wrappers, its LoRA in it, or other arrays beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, WeightsCheckpoint
+from bridge.checkpoint.leave_out import NOTHING, LeftOut, without
+from bridge.checkpoint.match import Fit, fit_weights, known_weight, place_weights
+from bridge.checkpoint.opening import BARE, Opening
+from bridge.checkpoint.peft_set import understand_adapter
+from bridge.checkpoint.trainers import (
+    FACTOR,
+    Whole,
+    adapter_names,
+    common_prefixes,
+    take_apart,
+    unwrapped,
+    without_prefix,
+)
+from bridge.checkpoint.weights import understand_weights
+from bridge.display import counted
+from bridge.errors import CheckpointRefused, Problem, SourceRefused
+from bridge.formats.contract import Source
+from bridge.formats.safetensors.peft import CONFIG, FORMAT, MAX_CONFIG
+from bridge.formats.view import View
+from bridge.lora.factors import Scale
+from bridge.peft.config import PREFIX, A, B, KnownFactors
+from bridge.strict_json import parse_object
+
+#: what a whole model with LoRA consists of, for ``--item``
+BASE, ADAPTER = "base", "adapter"
+
+
+def understand_state_dict(source: Source, opening: Opening = BARE) -> Checkpoint:
+    """Work out which model a state_dict is of.
+
+    Returns:
+        The weights; where LoRA factors are among them, the adapter with its base.
+
+    Raises:
+        CheckpointRefused: no family's model fits even half of its weights, or an array may not be left out.
+    """
+    source = unwrapped(source)
+    source, left_out = _left_out(source, opening)
+    whole = take_apart(source)
+    if whole is None:
+        plain, _ = _plain(source)
+        plain, more = _left_out(plain, opening)
+        return replace(understand_weights(plain, opening), left_out=left_out | more)
+    base_source, prefix = _plain(View.of(source, whole.weights))
+    base_source, more = _left_out(base_source, opening)
+    base = replace(understand_weights(base_source, opening), left_out=left_out | more)
+    if opening.item == BASE:
+        return replace(base, source=_noted(base.source, f"the base of {_counted(whole)}, as --item says"))
+    if opening.item not in (None, ADAPTER):
+        raise _no_item(source, opening)
+    return _adapter(source, whole, prefix, base, opening)
+
+
+def understand_peft(source: Source, opening: Opening = BARE) -> AdapterCheckpoint:
+    """Work out which weights an adapter belongs to, as :func:`understand_adapter`, behind wrappers too."""
+    source = adapter_names(unwrapped(source))
+
+    def known(name: str) -> str:
+        return "is LoRA, which an adapter is made of" if FACTOR.fullmatch(name) else ""
+
+    source, left_out = without(source, opening.leave_out, known)
+    return replace(understand_adapter(source), left_out=left_out)
+
+
+def _plain(source: Source) -> tuple[Source, str]:
+    """A source without the prefix that all its names share, where a model fits it better then, and the prefix."""
+    fits = fit_weights(source.specs)
+    if fits and not fits[0].errors:
+        return source, ""
+    best, chosen = _errors(fits), ""
+    for prefix in common_prefixes(source.specs):
+        errors = _errors(fit_weights(name.removeprefix(prefix) for name in source.specs))
+        if errors < best:
+            best, chosen = errors, prefix
+    return (without_prefix(source, chosen), chosen) if chosen else (source, "")
+
+
+def _errors(fits: list[Fit]) -> float:
+    return min((fit.errors for fit in fits), default=float("inf"))
+
+
+def _left_out(source: Source, opening: Opening) -> tuple[Source, LeftOut]:
+    """A source without what the user leaves out, by the names it has now."""
+    if not opening.leave_out:
+        return source, NOTHING
+    fits = fit_weights(source.specs)
+
+    def known(name: str) -> str:
+        if FACTOR.fullmatch(name):
+            return f"is LoRA: --item {BASE} reads the model without it"
+        if any(fit.layout.is_fact(name) for fit in fits):
+            return "is a fact that the model needs to run"
+        return f"{fits[0].model.name} has" if fits and known_weight(fits, name) else ""
+
+    return without(source, opening.leave_out, known)
+
+
+def _adapter(
+    source: Source, whole: Whole, prefix: str, base: WeightsCheckpoint, opening: Opening
+) -> AdapterCheckpoint:
+    """The adapter of a whole model, with its base."""
+    named: dict[str, str] = {}
+    for module, pair in whole.factors.items():
+        for which, ending in (("a", A), ("b", B)):
+            if which in pair:
+                named[f"{PREFIX}{module.removeprefix(prefix)}{ending}"] = pair[which]
+    named |= {PREFIX + name.removeprefix(prefix): stored for name, stored in whole.saved.items()}
+    config = _config_beside(source)
+    view = View.of(
+        source,
+        named,
+        *base.source.notes[len(source.notes) :],
+        f"{_counted(whole)}: a base and its adapter in one file (--item {BASE} or --item {ADAPTER} takes one)",
+        format=FORMAT.name,
+        metadata={CONFIG: config or {}},
+    )
+    if config is not None:
+        adapter = understand_adapter(view, base.model.name)
+        # PEFT's own file tells the alphas: those of the user are what the JAX runtime shall have
+        return replace(adapter, left_out=base.left_out, own_base=_own(base, opening))
+    known, problems = _known(view, base, opening)
+    adapter = understand_adapter(view, base.model.name, known)
+    return replace(
+        adapter,
+        problems=(*problems, *adapter.problems),
+        left_out=base.left_out,
+        own_base=_own(base, opening),
+        alphas_given=True,
+    )
+
+
+def _own(base: WeightsCheckpoint, opening: Opening) -> WeightsCheckpoint | None:
+    return None if opening.item == ADAPTER else base
+
+
+def _known(view: View, base: WeightsCheckpoint, opening: Opening) -> tuple[KnownFactors, list[Problem]]:
+    """Rank and scale of every module of an adapter without a config: alphas are the user's."""
+    specs, alphas = view.specs, opening.alphas
+    modules = {
+        name.removeprefix(PREFIX).removesuffix(A): specs[name].shape[0]
+        for name in view.names
+        if name.endswith(A) and specs[name].shape
+    }
+    places = place_weights(base.model, base.layout, (f"{module}.weight" for module in modules))
+    parts = {module: place.part.name for module in modules if (place := places.get(f"{module}.weight"))}
+    scales = {}
+    for module, rank in modules.items():
+        alpha = alphas.get(parts.get(module, ""), alphas.get(""))
+        if alpha is not None and alpha > 0 and rank > 0:
+            scale = Scale(
+                part=parts.get(module, ""), rank=rank, alpha=alpha, rslora=opening.rslora, origin="given"
+            )
+            scales[module] = scale.value
+    problems = [
+        Problem(
+            f"{view.location}: {part} has LoRA of rank {_ranks(modules, parts, part)}, and no file tells its alpha",
+            f"add --lora-alpha {part}=ALPHA, as the run was configured, or put its {CONFIG} beside the file",
+        )
+        for part in dict.fromkeys(parts.values())
+        if part not in alphas and "" not in alphas
+    ]
+    problems += [
+        Problem(
+            f"{view.location}: --lora-alpha names {name}, which has no LoRA in it",
+            f"name one of {', '.join(dict.fromkeys(parts.values()))}",
+        )
+        for name in alphas
+        if name and name not in parts.values()
+    ]
+    return KnownFactors(modules, {module: scales.get(module, 1.0) for module in modules}), problems
+
+
+def _ranks(modules: Mapping[str, int], parts: Mapping[str, str], part: str) -> str:
+    return "/".join(
+        str(r) for r in dict.fromkeys(modules[module] for module in modules if parts.get(module) == part)
+    )
+
+
+def _config_beside(source: Source) -> Mapping[str, object] | None:
+    """The adapter's config beside a whole model, if there is one."""
+    path = source.root / CONFIG
+    text = path.read_bytes(MAX_CONFIG)
+    if text is None:
+        return None
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise SourceRefused(Problem(f"{path} is damaged: {error}", "copy the file again")) from error
+
+
+def _counted(whole: Whole) -> str:
+    return f"{counted(len(whole.weights), 'weight')} and the LoRA factors of {counted(len(whole.factors), 'module')}"
+
+
+def _noted(source: Source, note: str) -> Source:
+    return View.of(source, {name: name for name in source.specs}, note)
+
+
+def _no_item(source: Source, opening: Opening) -> CheckpointRefused:
+    return CheckpointRefused(
+        Problem(
+            f"{source.location} has no item {opening.item}",
+            f"it is a base and its adapter in one file: leave --item out for both, or give {BASE} or {ADAPTER}",
+        )
+    )
