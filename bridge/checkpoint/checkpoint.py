@@ -18,7 +18,7 @@ import numpy as np
 
 from bridge.arrays import Spec
 from bridge.checkpoint.leave_out import NOTHING, LeftOut
-from bridge.errors import CheckpointRefused, Problem
+from bridge.errors import CheckpointRefused, Problem, SourceRefused, refuse_if
 from bridge.formats.contract import Source, format_named
 from bridge.graph import State
 from bridge.lora.factors import Scale
@@ -36,6 +36,9 @@ from bridge.stream.readers import (
     TensorWeights,
     WeightsReader,
 )
+
+#: bytes of an array that is a fact, such as a mean of every joint
+MAX_FACT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,10 @@ class Checkpoint(ABC):
         """Name in the source of a weight that the runtime declares and never uses, where it is stored."""
         return None
 
+    def facts_inside(self) -> dict[str, np.ndarray]:
+        """Arrays among the weights that are facts, by name. Raises SourceRefused where one cannot be read."""
+        return {}
+
     @abstractmethod
     def arrays_of(self, part: Part) -> list[str]:
         """Names in the source of the arrays that a part's weights lie in."""
@@ -244,6 +251,21 @@ class WeightsCheckpoint(Checkpoint):
     def arrays_of(self, part: Part) -> list[str]:
         places = ((stored, self.model.weight_index.find(name)) for name, stored in self.stored.items())
         return [stored for stored, place in places if place is not None and place[0][0] is part]
+
+    def facts_inside(self) -> dict[str, np.ndarray]:
+        names = [name for name in self.source.specs if self.layout.is_fact(name)]
+        refuse_if(
+            (
+                Problem(
+                    f"{self.source.location}: {name} is {self.source.specs[name]}, too large for a fact",
+                    "do not trust this checkpoint",
+                )
+                for name in names
+                if self.source.specs[name].nbytes > MAX_FACT
+            ),
+            SourceRefused,
+        )
+        return {name: self.source.read(name) for name in names}
 
     @property
     def unused(self) -> dict[str, str]:
