@@ -69,8 +69,9 @@ def convert(src: str, dst: str, to: str, dry_run: bool, quiet: bool, as_json: bo
     """Convert the checkpoint SRC into the new directory DST.
 
     SRC is a training step, its params/, a directory of steps (the latest complete step is used), a gs:// URL
-    of any of these, or a directory of PyTorch weights or of an adapter. Files that belong to the model, such
-    as norm stats, are copied too. DST is written atomically.
+    of any of these, a directory of PyTorch weights or of an adapter, a trainer's run with such directories in
+    it, or a repository's folder in the hub's cache. Files that belong to the model, such as norm stats, are
+    copied too. DST is written atomically.
     """
     import bridge
 

@@ -55,11 +55,10 @@ def _newest(
     location: Location, names: list[str], claimed: Claimed, depth: int
 ) -> tuple[Location, tuple[str, ...]] | None:
     """The newest step with weights in it."""
-    steps = sorted(_steps(names), reverse=True)
+    steps = sorted(steps_in(names), reverse=True)
     for index, (_, name) in enumerate(steps):
         inner = _find(location / name, claimed, depth - 1)
         if inner is not None:
-            # links are given by a path of their own: their target is among the steps
             note = f"using {_below(inner[0], location)}, the newest of {len(steps) - index} in {location}"
             if skipped := [skipped for _, skipped in steps[:index]]:
                 note += f" (without weights: {', '.join(skipped)})"
@@ -67,7 +66,7 @@ def _newest(
     return None
 
 
-def _steps(names: list[str]) -> Iterator[tuple[int, str]]:
+def steps_in(names: list[str]) -> Iterator[tuple[int, str]]:
     """Directories named by a number alone, or by a number after a dash: ``000300``, ``checkpoint-300``."""
     for name in names:
         tail = name.rpartition("-")[2]

@@ -7,6 +7,7 @@ and a step (flax, training/train_state.py; openpi, training/utils.py).
 
 from __future__ import annotations
 
+from bridge.checkpoint.directories import steps_in
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Source, format_named
 from bridge.formats.disk.location import Location, is_safe_path
@@ -36,9 +37,13 @@ def item_of(location: Location, item: str | None) -> tuple[Location, str | None,
             Problem(f"--item {item} is no name of an item", f"name one of {_listed(location)}")
         )
     first, _, rest = item.partition("/")
-    if first not in location.names():
+    names = location.names()
+    # of a run, the newest step that has it
+    steps = (location / name for _, name in sorted(steps_in(names), reverse=True))
+    home = location if first in names else next((step for step in steps if first in step.names()), None)
+    if home is None:
         return location, item, ()
-    return location / first, rest or None, (f"using item {first} of {location}, as --item says",)
+    return home / first, rest or None, (f"using item {first} of {home}, as --item says",)
 
 
 def training_state(source: Source, item: str | None) -> Source:

@@ -30,18 +30,29 @@ class LeftOut:
 NOTHING = LeftOut()
 
 
-def without(source: Source, patterns: Iterable[str], known: Callable[[str], str]) -> tuple[Source, LeftOut]:
+def without(
+    source: Source,
+    patterns: Iterable[str],
+    known: Callable[[str], str],
+    plain: Mapping[str, str] | None = None,
+) -> tuple[Source, LeftOut]:
     """A source without the arrays that patterns match.
 
     Args:
-        source: whose names are matched, as they stand.
+        source: whose names are matched.
         patterns: as in a shell.
         known: what an array of a name is to the model; empty for one that it does not have.
+        plain: the name that messages give an array, where it is another, which is matched as well.
 
     Raises:
         CheckpointRefused: a pattern matches an array that is something to the model.
     """
-    matched = {name: pattern for pattern in patterns for name in source.specs if fnmatchcase(name, pattern)}
+    matched = {
+        name: pattern
+        for pattern in patterns
+        for name in source.specs
+        if any(fnmatchcase(each, pattern) for each in (name, (plain or {}).get(name, name)))
+    }
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, pattern in matched.items():
         if what := known(name):

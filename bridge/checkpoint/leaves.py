@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from bridge.checkpoint.checkpoint import TreeCheckpoint
 from bridge.checkpoint.given_sizes import told_sizes
@@ -37,7 +37,8 @@ def understand_tree(source: Source, opening: Opening = BARE) -> TreeCheckpoint:
         raise unknown(source, source.specs)
     left_out = NOTHING
     if opening.leave_out:
-        source, left_out = without(source, opening.leave_out, _known(fit))
+        leaves = {name: leaf for leaf, name in fit.leaves.stored.items()}
+        source, left_out = without(source, opening.leave_out, _known(fit, leaves), leaves)
         fit = fit_leaves(source.specs) or fit
     stored, model, runtime = fit.leaves.stored, fit.model, fit.family.runtime
     problems = [*fit.leaves.problems, *fit_problems(source, fit, "leaf"), *dtype_problems(source, runtime)]
@@ -78,14 +79,15 @@ def understand_tree(source: Source, opening: Opening = BARE) -> TreeCheckpoint:
     )
 
 
-def _known(fit: Fit) -> Callable[[str], str]:
-    """What a leaf is to the model that fits best, by its stored name."""
+def _known(fit: Fit, leaves: Mapping[str, str]) -> Callable[[str], str]:
+    """What a leaf is to the model that fits best, by its stored name; ``leaves`` has its path by that."""
     index, model = _index(fit.model), fit.model
-    leaves = {stored: leaf for leaf, stored in fit.leaves.stored.items()}
+    paths = (path for rule in model.rules for path in rule.factor_leaves or ())
+    factors = NameIndex({Template(path, "/"): None for path in paths}, "/")
 
     def known(name: str) -> str:
         leaf = leaves.get(name, name)
-        if any(leaf in (rule.factor_leaves or ()) for rule in model.rules):
+        if factors.find(leaf) is not None:
             return "is LoRA: --to torch-base writes the model without it"
         return f"{model.name} has" if index.find(leaf) is not None or leaf in model.ignored else ""
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Module
+from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.match import Place, place_weights
 from bridge.checkpoint.problems import unknown
+from bridge.checkpoint.trainers import FACTOR
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
@@ -180,7 +182,10 @@ def _strays(
         if strays[name] in tied
     ]
     return problems + [
-        Problem(f"{where}: {name} does not belong to any {model.name} module; PEFT would ignore it", RESAVE)
+        Problem(
+            f"{where}: {name} does not belong to any {model.name} module; PEFT would ignore it",
+            RESAVE if FACTOR.fullmatch(name) else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}",
+        )
         for name in grouped(name for name, weight in strays.items() if weight not in tied)
     ]
 

@@ -66,7 +66,8 @@ def plan(
 
     Args:
         src (`str` or `Path`): a step directory, its ``params``, a directory of steps, the URL of a bucket
-            that has one of these, or a directory of PyTorch weights or of an adapter.
+            that has one of these, a directory of PyTorch weights or of an adapter, a trainer's run with such
+            directories in it, or a repository's folder in the hub's cache.
         dst (`str`, `Path` or `None`): the directory to make; None plans without one.
         to (`str`): the format asked for: ``"torch-merged"``, ``"torch-base"``, ``"peft-adapter"`` or ``"orbax"``.
         progress (`Callable[[int, int], None]`, *optional*): called with the bytes compared with ``base``, and

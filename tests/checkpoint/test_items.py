@@ -70,7 +70,7 @@ def test_the_only_item_of_a_step_is_taken_and_named(tmp_path: Path, name: str) -
 
 
 def test_several_items_are_listed_and_one_is_chosen(tmp_path: Path) -> None:
-    step = item(tmp_path / "7", "model_params", TREE)
+    step = item(tmp_path / "run" / "7", "model_params", TREE)
     item(step, "ema", {leaf: array + np.float32(2) for leaf, array in TREE.items()})
     with pytest.raises(SourceRefused) as refused:
         bridge.convert(step, tmp_path / "out", to="torch-merged")
@@ -81,6 +81,8 @@ def test_several_items_are_listed_and_one_is_chosen(tmp_path: Path) -> None:
     assert (bias(step, item="ema"), bias(step, item="model_params")) == (2, 0)
     notes = bridge.plan(step, None, to="torch-merged", item="ema").notes
     assert f"using item ema of {step}, as --item says" in notes
+    run = bridge.plan(step.parent, None, to="torch-merged", item="ema").notes
+    assert f"using item ema of {step}, as --item says" in run
     with pytest.raises(SourceRefused, match=r"has several items: ema, model_params"):
         bridge.plan(step, None, to="torch-merged", item="emma")
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import bridge
 from bridge import Refusal
-from tests.kit import trainers
+from tests.kit import checkpoints, trainers
 from tests.kit.checkpoints import Array
 from tests.kit.trainers import Tensors
 
@@ -281,6 +281,19 @@ def test_an_extra_head_is_refused_and_can_be_left_out(
         "value_head.0.weight": "float32[3, 17]",
     }
     assert not bridge.diff(source, tmp_path / "out", leave_out=["value_head.*"]).changed
+
+
+def test_an_extra_leaf_of_a_tree(tmp_path: Path) -> None:
+    tree = checkpoints.pi0_tree(layers=2)
+    extra = {"value_head/kernel": np.ones((3, 2), np.float32)}
+    source = checkpoints.save(tree | extra, tmp_path / "src", quick=True)
+    with pytest.raises(Refusal) as refused:
+        bridge.plan(source, None, to="torch-base")
+    assert "add --leave-out 'value_head/kernel'" in refused.value.problems[0].fix
+    notes = bridge.plan(source, None, to="torch-base", leave_out="value_head/kernel").notes
+    assert "left out, as --leave-out says: params/value_head/kernel/value" in notes
+    with pytest.raises(Refusal, match=r"which is LoRA: --to torch-base writes the model without it"):
+        bridge.plan(source, None, to="torch-merged", leave_out=["*lora_a*", "value_head/*"])
 
 
 def test_a_head_beside_a_wrapped_model(tmp_path: Path, plain: Tensors, expected: Tensors) -> None:

@@ -36,7 +36,12 @@ def test_a_model_that_peft_wrapped(tmp_path: Path, compiled: bool) -> None:
     (tmp_path / "src").mkdir()
     safetensors.torch.save_file(dict(saved), tmp_path / "src" / "model.safetensors")
     plan = bridge.plan(
-        tmp_path / "src", tmp_path / "out", to="torch-merged", lora_alpha=ALPHA, dtype="float32", layout="openpi"
+        tmp_path / "src",
+        tmp_path / "out",
+        to="torch-merged",
+        lora_alpha=ALPHA,
+        dtype="float32",
+        layout="openpi",
     )
     assert any("_orig_mod" in note for note in plan.notes) == compiled
     plan.run()
@@ -47,4 +52,6 @@ def test_a_model_that_peft_wrapped(tmp_path: Path, compiled: bool) -> None:
     # PEFT multiplies in float32, in another order
     assert worst < 2e-6
     changed = sum(bool((torch.from_numpy(ours[name]) != state[name]).any()) for name in ours)
-    assert changed == 2 * 2 * 2 + 2 * 1 + 1  # q_proj and down_proj of both Gemmas, SigLIP's q_proj, the saved one
+    assert (
+        changed == 2 * 2 * 2 + 2 * 1 + 1
+    )  # q_proj and down_proj of both Gemmas, SigLIP's q_proj, the saved one
