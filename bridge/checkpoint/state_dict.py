@@ -23,7 +23,7 @@ from bridge.checkpoint.weights import understand_weights
 from bridge.display import counted
 from bridge.errors import CheckpointRefused, Problem, SourceRefused
 from bridge.formats.contract import Source
-from bridge.formats.safetensors.peft import CONFIG, FORMAT, MAX_CONFIG
+from bridge.formats.safetensors.peft import CONFIG, FILE, FORMAT, MAX_CONFIG
 from bridge.formats.view import View
 from bridge.lora.factors import Scale
 from bridge.peft.config import PREFIX, A, B, KnownFactors
@@ -46,6 +46,7 @@ def understand_state_dict(source: Source, opening: Opening = BARE) -> Checkpoint
     source, left_out = _left_out(source, opening)
     whole = take_apart(source)
     if whole is None:
+        _refuse_lost_adapter(source)
         plain, _ = _plain(source)
         plain, more = _left_out(plain, opening)
         return replace(understand_weights(plain, opening), left_out=left_out | more)
@@ -194,6 +195,17 @@ def _config_beside(source: Source) -> Mapping[str, object] | None:
         return parse_object(text)
     except ValueError as error:
         raise SourceRefused(Problem(f"{path} is damaged: {error}", "copy the file again")) from error
+
+
+def _refuse_lost_adapter(source: Source) -> None:
+    """Refuse a directory with the config of an adapter and no adapter: its base alone is another model."""
+    if source.location == source.root and (source.root / CONFIG).is_file():
+        raise SourceRefused(
+            Problem(
+                f"{source.root} has {CONFIG}, but no LoRA factors: neither in {FILE} nor among the weights",
+                "copy the adapter again; for the weights without it, give their file itself",
+            )
+        )
 
 
 def _counted(whole: Whole) -> str:

@@ -192,8 +192,15 @@ def test_the_config_beside_a_whole_model_has_its_alphas(
 ) -> None:
     source = trainers.save(peft_whole(plain), tmp_path / "src")
     (source / "adapter_config.json").write_text(json.dumps(CONFIG))
-    # beside an adapter_config.json the directory is an adapter's: the file is given itself
-    assert trainers.same(merged(source / "model.safetensors", tmp_path / "out"), expected_merge)
+    assert trainers.same(merged(source, tmp_path / "out"), expected_merge)
+
+
+def test_an_adapter_that_was_lost_beside_its_base(tmp_path: Path, plain: Tensors, expected: Tensors) -> None:
+    source = trainers.save(plain, tmp_path / "src")
+    (source / "adapter_config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(Refusal, match=r"adapter_config\.json, but no LoRA factors"):
+        bridge.plan(source, None, to="orbax", size=trainers.SIZES)
+    assert trainers.same(trainers.leaves(source / "model.safetensors", tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("whose", WHOLE)

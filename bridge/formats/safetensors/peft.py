@@ -16,6 +16,7 @@ from bridge.formats.contract import Format
 from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import take_stamps
 from bridge.formats.safetensors.header import pickle_problem
+from bridge.formats.safetensors.torch import FILE as WHOLE
 from bridge.formats.safetensors.torch import TorchSink, TorchSource, lay_out, source_of
 from bridge.graph import Form, State
 from bridge.strict_json import parse_object
@@ -28,7 +29,9 @@ MAX_CONFIG = 1 << 20
 
 def claims(location: Location) -> bool:
     """Whether the path is a directory with the config or the weights of an adapter."""
-    return bool({FILE, CONFIG, PICKLE} & set(location.names()))
+    names = set(location.names())
+    # a config beside a whole model tells the scale of the LoRA in it
+    return bool({FILE, PICKLE} & names) or (CONFIG in names and WHOLE not in names)
 
 
 def open_peft(location: Location) -> TorchSource:

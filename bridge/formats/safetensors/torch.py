@@ -145,7 +145,9 @@ class TorchSource:
 def claims(location: Location) -> bool:
     """Whether the path is a safetensors file, or a directory with one that is not an adapter."""
     names = location.names()
-    if any(name.startswith("adapter_") for name in names):
+    if any(name.startswith("adapter_model.") for name in names):
+        return False
+    if FILE not in names and any(name.startswith("adapter_") for name in names):
         return False
     return location.name.endswith(".safetensors") or any(
         name.endswith((".safetensors", INDEX_SUFFIX)) for name in names
