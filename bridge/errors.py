@@ -94,6 +94,7 @@ _FIXES = {
     errno.ELOOP: "the path's symlinks form a loop: give the path without them",
     errno.ENAMETOOLONG: "use a shorter path",
     errno.ENOMEM: "use --workers 1, or a machine with more memory",
+    errno.EXDEV: "choose another output, or move the old one elsewhere with mv, which copies it",
     errno.ESTALE: "remount the network file system",
 }
 

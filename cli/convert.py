@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bridge.conversion.options import OUTPUT, Options
-from bridge.display import byte_size, printable
+from bridge.display import byte_size
 
 from .options import Command, GroupedOption, Names, attributes, options, spellings, write_section
-from .show import columns, common, progress, say
+from .show import columns, common, emit, progress, say, style
 
 if TYPE_CHECKING:
     from bridge import Plan, Result
@@ -79,27 +79,30 @@ def convert(src: str, dst: str, to: str, dry_run: bool, quiet: bool, as_json: bo
         plan = bridge.plan(src, dst, to=to, progress=show, **options)
     if dry_run:
         if as_json:
-            click.echo(json.dumps(_plan_json(plan), indent=2))
+            emit(_plan_json(plan))
         else:
-            say(plan.text(columns()))
+            for line in plan.text(columns()).split("\n"):
+                say(line)
         return
     if not quiet:
-        for line in plan.headline():
-            say(line, as_json=as_json)
+        # where nobody reads, the output is made all the same, and what is said at the end fails again
+        with contextlib.suppress(BrokenPipeError):
+            for line in plan.headline():
+                say(line, as_json=as_json)
     with progress("converting", quiet=quiet or as_json) as show:
         result = plan.run(show)
     if not quiet:
         for line in _result_lines(result):
             say(line, as_json=as_json)
     if as_json:
-        click.echo(json.dumps(_plan_json(plan, rules=False) | _result_json(result), indent=2))
+        emit(_plan_json(plan, rules=False) | _result_json(result))
 
 
 def _result_lines(result: Result) -> list[str]:
     rate = byte_size(result.bytes_per_second)
     lines = [
-        *(f"note         {printable(note)}" for note in result.notes),
-        f"{click.style('wrote', fg='green')}        {printable(str(result.destination))}, {result.tensors} tensors",
+        *(f"note         {note}" for note in result.notes),
+        f"{style('wrote', fg='green')}        {result.destination}, {result.tensors} tensors",
         f"             read {byte_size(result.bytes_read)}, wrote {byte_size(result.bytes_written)} "
         f"in {result.converting_seconds:.3g} s, {rate}/s, peak memory {byte_size(result.peak_memory)}",
         *_floor_lines(result),
@@ -108,7 +111,7 @@ def _result_lines(result: Result) -> list[str]:
     if result.proof is not None:
         proof = result.proof
         lines.append(
-            f"{click.style('proof', fg='green')}        {proof}, {proof.seconds:.3g} s "
+            f"{style('proof', fg='green')}        {proof}, {proof.seconds:.3g} s "
             f"({proof.importing:.2g} s of it waiting for PEFT to be imported)"
         )
     return lines

@@ -15,7 +15,7 @@ import click
 
 from .convert import convert
 from .inspect import inspect
-from .show import say
+from .show import say, style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,8 @@ def demo(ctx: click.Context, directory: Path | None) -> None:
         worst = max(ours for ours, _ in rows.values())
         if not worst <= 2e-6:
             raise click.ClickException(f"the merged policy is off by {worst:.1e}")
-        say(f"\n{click.style('the same policy', fg='green')}: worst relative error {worst:.1e} in float32")
+        say("")
+        say(f"{style('the same policy', fg='green')}: worst relative error {worst:.1e} in float32")
         if directory is not None:
             say(f"kept in {place}")
 
@@ -84,9 +85,10 @@ def _workplace(directory: Path | None) -> Iterator[Path]:
 
 
 def _step(what: str, command: str | None) -> None:
-    say(f"\n{click.style(what, bold=True)}")
+    say("")
+    say(f"{style(what, bold=True)}")
     if command is not None:
-        say(click.style(f"$ {command}", fg="cyan"))
+        say(style(f"$ {command}", fg="cyan"))
 
 
 def _convert(ctx: click.Context, source: Path, target: Path, to: str, alphas: list[str]) -> None:

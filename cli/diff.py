@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from bridge.checkpoint.options import SourceOptions
 from bridge.display import scientific
 
 from .options import Command, options
-from .show import common, progress, say, table
+from .show import common, emit, progress, say, table
 
 if TYPE_CHECKING:
     from bridge import Comparison
@@ -56,7 +55,7 @@ def diff(
         found = comparison.as_json()
         if changed_only:
             found["differences"] = [each for each in found["differences"] if each["changed"]]
-        click.echo(json.dumps(found, indent=2))
+        emit(found)
     else:
         _print(comparison, changed_only=changed_only)
         if report is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +10,7 @@ from bridge.checkpoint.options import SOURCE, OpenOptions
 from bridge.display import abbreviated, byte_size
 
 from .options import Command, GroupedOption, options
-from .show import common, say, table
+from .show import common, emit, say, style, table
 
 if TYPE_CHECKING:
     from bridge import Description
@@ -34,7 +33,7 @@ def inspect(path: str, from_: str | None, as_json: bool, **options: Any) -> None
 
     description = bridge.describe(path, from_, **options)
     if as_json:
-        click.echo(json.dumps(description.as_json(), indent=2))
+        emit(description.as_json())
     else:
         _print(description)
     if description.problems:
@@ -42,10 +41,10 @@ def inspect(path: str, from_: str | None, as_json: bool, **options: Any) -> None
 
 
 def _print(description: Description) -> None:
-    say(f"{click.style(description.path, bold=True)}")
+    say(f"{style(description.path, bold=True)}")
     suffix = ", leaves end in 'value' (saved by training)" if description.value_suffix else ""
     say(f"  state       {description.state}{suffix}")
-    say(f"  model       {click.style(description.model, bold=True)}, names: {description.layout}")
+    say(f"  model       {style(description.model, bold=True)}, names: {description.layout}")
     say(
         f"  parameters  {abbreviated(description.parameters)} in {description.arrays} arrays, "
         f"{byte_size(description.nbytes)} ({byte_size(description.stored_bytes)} stored)"
@@ -59,7 +58,7 @@ def _print(description: Description) -> None:
     for note in description.notes:
         say(f"  note        {note}")
     for problem in description.problems:
-        say(f"  {click.style('problem', fg='red')}     {problem}")
+        say(f"  {style('problem', fg='red')}     {problem}")
 
 
 def _row(part: PartDescription) -> tuple[str, ...]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
 
-from bridge.display import printable
-from bridge.errors import Problem, Refusal, system_problem
+from bridge.errors import Problem, Refusal, SourceRefused, system_problem
 
 from .convert import convert
 from .demo import demo
 from .diff import diff
 from .inspect import inspect
 from .routes import routes
+from .show import complain, emit, open_streams, style
 from .signals import Stopped, catch_signals, leave_on_signals
 from .verify import verify
 
@@ -27,7 +28,35 @@ from .verify import verify
 _NO_MEMORY = ("can't start new thread", "failed to map segment", "cannot allocate memory")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """The sub-commands. Click would end them with 1 where nobody reads on (``bridge inspect … | head``), and take the
+    end of a file for that of the terminal's input."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _not_clicks():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _not_clicks():
+            return super().invoke(ctx)
+
+
+class ReaderGone(BaseException):
+    """The reader of stdout has gone."""
+
+
+@contextlib.contextmanager
+def _not_clicks() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+    except EOFError as error:
+        fix = "see that the files given are whole, and not empty"
+        raise SourceRefused(Problem(f"a file ends before its data: {error}", fix)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="openpi-bridge", prog_name="bridge", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
@@ -47,6 +76,7 @@ for command in (convert, verify, diff, inspect, routes, demo):
 
 def main() -> NoReturn:
     """Run the command, and end the process whatever threads are still running."""
+    open_streams()
     status = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -60,7 +90,8 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the command; returns the exit status.
 
-    0 done, 1 refused or failed, 2 wrong usage, and 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM.
+    0 done, 1 refused or failed, 2 wrong usage, 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM, and 141, as for SIGPIPE,
+    where the reader of stdout has gone.
     """
     catch_signals()
     for stream in (sys.stdout, sys.stderr):
@@ -72,29 +103,39 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as done:
         return int(done.exit_code)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            complain(error.ctx.get_usage())
+        complain(f"Error: {error.format_message()}")
         return int(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        complain("interrupted")
         return 130
     except Stopped as stopped:
-        said = ": ".join((stopped.word, *getattr(stopped, "__notes__", ())))
-        click.echo(printable(said), err=True)
+        complain(": ".join((stopped.word, *getattr(stopped, "__notes__", ()))))
         return stopped.status
-    except BrokenPipeError:
-        # the reader of our output went away (`bridge inspect … | head`): not a failure to report
-        sys.stderr.close()
-        return 1
+    except ReaderGone:
+        return 128 + signal.SIGPIPE
     except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        else:
-            _report(_problems(error), as_json="--json" in arguments)
-            for note in getattr(error, "__notes__", ()):
-                click.echo(f"  {click.style('note:', bold=True)} {printable(note)}", err=True)
-        return 1
+        return _failed(error, arguments)
     finally:
         leave_on_signals()
+
+
+def _failed(error: Exception, arguments: list[str]) -> int:
+    """Report an error; returns the exit status."""
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+        return 1
+    problems = _problems(error)
+    for problem in problems:
+        complain(f"{style('error:', fg='red', bold=True)} {problem.cause}")
+        complain(f"  {style('fix:', bold=True)} {problem.fix}")
+    for note in getattr(error, "__notes__", ()):
+        complain(f"  {style('note:', bold=True)} {note}")
+    if "--json" in arguments:
+        with contextlib.suppress(OSError):
+            emit({"errors": [{"cause": each.cause, "fix": each.fix} for each in problems]})
+    return 1
 
 
 def _problems(error: Exception) -> tuple[Problem, ...]:
@@ -112,12 +153,3 @@ def _problems(error: Exception) -> tuple[Problem, ...]:
             "run again with --debug, and report what it prints",
         ),
     )
-
-
-def _report(problems: tuple[Problem, ...], *, as_json: bool) -> None:
-    for problem in problems:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(problem.cause)}", err=True)
-        click.echo(f"  {click.style('fix:', bold=True)} {printable(problem.fix)}", err=True)
-    if as_json:
-        found: list[dict[str, Any]] = [{"cause": each.cause, "fix": each.fix} for each in problems]
-        click.echo(json.dumps({"errors": found}, indent=2))

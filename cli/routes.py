@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from bridge.graph import Converter, mermaid, route
 
 from .convert import targets
 from .options import Names
-from .show import common, say
+from .show import common, emit, say
 
 
 def sources() -> list[str]:
@@ -35,7 +33,8 @@ def routes(from_: str | None, to: str | None, as_mermaid: bool, as_json: bool) -
     from bridge.formats.contract import states
 
     if as_mermaid:
-        click.echo(mermaid(converters()))
+        for line in mermaid(converters()).split("\n"):
+            say(line)
         return
     if from_ is None:
         edges = list(converters())
@@ -45,7 +44,7 @@ def routes(from_: str | None, to: str | None, as_mermaid: bool, as_json: bool) -
         starts = [state for state in states() if state.name == from_]
         edges = list(dict.fromkeys(edge for state in starts for edge in route(converters(), state, to)))
     if as_json:
-        click.echo(json.dumps({"converters": [_as_json(edge) for edge in edges]}, indent=2))
+        emit({"converters": [_as_json(edge) for edge in edges]})
         return
     if not edges:
         say(f"nothing leads out of {from_}")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +17,10 @@ import click
 
 from bridge.display import byte_size, printable
 
-#: line breaks and styles, which are ours; what else is not printable came in with a name
-_OURS = re.compile(r"(\n|\x1b\[[0-9;]*m)")
+#: stands for the escape character of a style of ours: what else is not printable came in with a name. A name can
+#: contain anything, but not a number that is drawn for each run
+_ESCAPE = f"\ufdd0{secrets.token_hex(8)}"
+_STYLES = re.compile(rf"{_ESCAPE}(\[[0-9;]*m)")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,10 +33,72 @@ def common(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
 
 
+def style(text: str, **how: Any) -> str:
+    """Text in a colour or weight, for :func:`say`."""
+    return click.style(printable(text), **how).replace("\x1b", _ESCAPE)
+
+
 def say(text: str, *, as_json: bool = False) -> None:
-    """Print for people: to stdout, or to stderr where stdout is kept for machines."""
-    parts = _OURS.split(text)
-    click.echo("".join(p if i % 2 else printable(p) for i, p in enumerate(parts)), err=as_json)
+    """Print a line for people: to stdout, or to stderr where stdout is kept for machines.
+
+    A line break or an escape sequence in a name is shown, not obeyed.
+    """
+    if as_json:
+        complain(text)
+    else:
+        _echo(_line(text))
+
+
+def complain(text: str) -> None:
+    """Print a line for people to stderr; where nobody reads that, nothing else can be done."""
+    try:
+        click.echo(_line(text), err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def emit(found: Any) -> None:
+    """Print for machines: one JSON object to stdout."""
+    _echo(json.dumps(found, indent=2))
+
+
+def _line(text: str) -> str:
+    return "".join(
+        f"\x1b{part}" if number % 2 else printable(part) for number, part in enumerate(_STYLES.split(text))
+    )
+
+
+def _echo(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        # a reader that has gone is no error: the exit status says it
+        if error.errno != errno.EPIPE:
+            error.filename = "standard output"
+        raise
+
+
+def open_streams() -> None:
+    """Open the standard streams that were closed, on the null device.
+
+    Their numbers would go to the first files that are opened: an output, into which libraries would print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+
+
+def _silence(stream: Any) -> None:
+    """Let what is printed from here on go nowhere, so that the end of the process does not fail at it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def table(
@@ -42,13 +110,14 @@ def table(
         right: align all columns but the first to the right.
         colours: of each row, the head included.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, (row, colour) in enumerate(zip(rows, colours or [None] * len(rows), strict=True)):
         cells = [
             cell.rjust(width) if right and column else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        say(click.style("  " + "  ".join(cells).rstrip(), dim=number == 0 or None, fg=colour))
+        say(style("  " + "  ".join(cells).rstrip(), dim=number == 0 or None, fg=colour))
 
 
 def columns() -> int:
@@ -101,9 +170,8 @@ def _lines(label: str) -> Callable[[int, int], None]:
         # small checkpoints are done before a second line could tell anything
         if now > tenth and took > 1:
             left = f"{(total - done) * took / done:.0f} s left" if done < total else "finishing"
-            click.echo(
-                f"{label}: {now * 10} %, {byte_size(done)} of {byte_size(total)}, {byte_size(done / took)}/s, {left}",
-                err=True,
+            complain(
+                f"{label}: {now * 10} %, {byte_size(done)} of {byte_size(total)}, {byte_size(done / took)}/s, {left}"
             )
         tenth = max(tenth, now)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from bridge.display import scientific
 from bridge.proof.options import CHECKS, VerifyOptions
 
 from .options import Command, GroupedOption, options
-from .show import common, progress, say, table
+from .show import common, emit, progress, say, style, table
 
 if TYPE_CHECKING:
     from bridge import Verdict
@@ -58,7 +57,7 @@ def verify(
 
         report.write_text(verify_report(verdict), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(verdict.as_json(), indent=2))
+        emit(verdict.as_json())
     else:
         _print(verdict)
         if report is not None:
@@ -87,7 +86,7 @@ def _print(verdict: Verdict) -> None:
         say("")
         _precision(verdict)
     for name, good in verdict.files.items():
-        say(f"file         {'verified' if good else click.style('failed', fg='red')}: {name}")
+        say(f"file         {'verified' if good else style('failed', fg='red')}: {name}")
     if verdict.actions is not None:
         actions = verdict.actions
         say(
@@ -95,20 +94,16 @@ def _print(verdict: Verdict) -> None:
             f"({actions['allowed']:.0e} allowed), run by {verdict.runtime}"
         )
     if verdict.holds:
-        say(
-            click.style(
-                "the same policy" if verdict.checks else "matches its bridge.json", fg="green", bold=True
-            )
-        )
+        say(style("the same policy" if verdict.checks else "matches its bridge.json", fg="green", bold=True))
         return
     for problem in verdict.problems[:SHOWN]:
-        say(f"{click.style('fails', fg='red')}        {problem.cause}")
+        say(f"{style('fails', fg='red')}        {problem.cause}")
     if len(verdict.problems) > SHOWN:
         say(f"             and {len(verdict.problems) - SHOWN} more: --json lists them all")
     for fix in dict.fromkeys(problem.fix for problem in verdict.problems):
         say(f"fix          {fix}")
     conclusion = "not the same policy" if verdict.checks else "does not match its bridge.json"
-    say(click.style(conclusion, fg="red", bold=True))
+    say(style(conclusion, fg="red", bold=True))
 
 
 def _precision(verdict: Verdict) -> None:

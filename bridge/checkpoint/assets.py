@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from bridge.display import printable
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.disk.location import Location, is_safe_path
 from bridge.formats.disk.stamps import Stamp, take_stamps
@@ -30,7 +27,7 @@ def read_assets(root: Location, family: Family) -> Assets:
     """Read the files that a family's models have beside their weights.
 
     Raises:
-        SourceRefused: one cannot be read, leads out of the checkpoint by its name, or they are too large.
+        SourceRefused: one cannot be read, leads out of the checkpoint by its name or a link, or they are too large.
     """
     if family.assets is None:
         return Assets({})
@@ -60,21 +57,6 @@ def read_assets(root: Location, family: Family) -> Assets:
                 )
             )
         files[f"{name}/{path}"] = data
-        notes += _link_notes(root, file)
     if family.assets.notes is not None:
         notes += family.assets.notes(str(directory), files)
     return Assets(files, tuple(notes), stamps)
-
-
-def _link_notes(root: Location, file: Location) -> list[str]:
-    """A note about a file that is a link out of the checkpoint: its content will be published.
-
-    The Hugging Face cache is made of such links, into the ``blobs`` beside its snapshots.
-    """
-    if root.local is None:
-        return []
-    real, home = os.path.realpath(str(file)), os.path.realpath(str(root))
-    cache = Path(home).parents[1] / "blobs" if len(Path(home).parents) > 1 else None
-    if Path(home) in Path(real).parents or Path(real).parent == cache:
-        return []
-    return [printable(f"{file} is a link to {real}: that file's content is copied")]

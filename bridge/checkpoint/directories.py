@@ -33,7 +33,7 @@ def find(location: Location, claimed: Claimed) -> tuple[Location, tuple[str, ...
         SourceRefused: a hub's cache has several snapshots and does not say which is current.
     """
     found = _find(location, claimed, MAX_DEPTH)
-    return (location, ()) if found is None else found
+    return (location, ()) if found is None else (found[0].entered(), found[1])
 
 
 def _find(location: Location, claimed: Claimed, depth: int) -> tuple[Location, tuple[str, ...]] | None:

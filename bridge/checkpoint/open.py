@@ -13,8 +13,9 @@ from bridge.checkpoint.leaves import understand_tree
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.peft_set import understand_adapter
 from bridge.checkpoint.state_dict import understand_peft, understand_state_dict
-from bridge.errors import Problem, SourceRefused
-from bridge.formats.contract import Source, format_named, formats, states
+from bridge.errors import Problem, SourceRefused, refuse_if
+from bridge.formats.contract import Format, Source, format_named, formats, states
+from bridge.formats.disk.links import link_problems
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors.header import pickle_problem
 from bridge.formats.safetensors.torch import pickles
@@ -57,7 +58,7 @@ def _open(location: Location, format: str | None) -> Source:
             raise SourceRefused(
                 Problem(f"no format is named {format}", f"use one of {', '.join(sorted(known))}")
             )
-        return known[name].open(location)
+        return _opened(known[name], location)
     if not location.exists():
         raise SourceRefused(Problem(f"{location} does not exist", "check the path"))
     claiming = [format for format in known.values() if format.claims(location)]
@@ -82,7 +83,19 @@ def _open(location: Location, format: str | None) -> Source:
                 "give a step directory, its params/, or a directory with model.safetensors",
             )
         )
-    return claiming[0].open(location)
+    return _opened(claiming[0], location)
+
+
+def _opened(format: Format, location: Location) -> Source:
+    source = format.open(location)
+    # the formats that ship look at links before they read; those of others are held to the same
+    files = set(source.stamps) - {str(location)}
+    homes = {place.home or str(place) for place in (source.root, source.location, location)}
+    for home in sorted(homes, key=len, reverse=True):
+        inside = {file for file in files if file.startswith(f"{home}/")}
+        refuse_if(link_problems(inside, home), SourceRefused)
+        files -= inside
+    return source
 
 
 def understand(source: Source, opening: Opening = BARE) -> Checkpoint:

@@ -44,6 +44,14 @@ class Options(SourceOptions, total=False):
         str | None,
         Option(kind=Text("FORMAT"), group=SOURCE, help="Format of SRC; detected automatically by default."),
     ]
+    no_check: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=SOURCE,
+            help="Convert a source that has changed since bridge wrote it: skip the checksums in its bridge.json.",
+        ),
+    ]
     dtype: Annotated[
         str | None,
         Option(

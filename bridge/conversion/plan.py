@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Unpack
@@ -23,10 +22,26 @@ from bridge.conversion.render import head, plan_text
 from bridge.conversion.request import Built, Request
 from bridge.conversion.run import Result, run
 from bridge.conversion.settings import option_problems, read_options, settings_of
-from bridge.errors import CheckpointRefused, OutputRefused, Problem, Refusal, RouteRefused, refuse_if
-from bridge.formats.contract import Source
+from bridge.errors import (
+    CheckpointRefused,
+    OutputRefused,
+    Problem,
+    Refusal,
+    RouteRefused,
+    SourceRefused,
+    refuse_if,
+)
+from bridge.formats.disk.location import Location
 from bridge.graph import Form, Loss, State, route
-from bridge.publish.preflight import check_apart, check_destination, check_kept, check_space, check_twins
+from bridge.publish.preflight import (
+    check_apart,
+    check_destination,
+    check_kept,
+    check_space,
+    check_twins,
+    destination_at,
+)
+from bridge.publish.record import stale_files
 from bridge.rules.family import Facts
 from bridge.stream.output import Output, narrows
 from bridge.stream.workers import Progress
@@ -96,13 +111,16 @@ def plan(
         raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))
     options = read_options(options)
     base = options["base"]
-    destination = None if dst is None else Path(dst).expanduser().absolute()
+    destination = None if dst is None else destination_at(dst)
     opening = opening_of(options, alphas_of(options), options["rslora"])
     checkpoint = open_checkpoint(src, options["from_"], opening)
     problems: list[Problem] = []
     if destination is not None:
         problems += check_destination(
-            destination, checkpoint.source.root.local, overwrite=options["overwrite"]
+            destination,
+            checkpoint.source.root.local,
+            Location.parse(src).local,
+            overwrite=options["overwrite"],
         )
     reference = open_base(checkpoint, base, opening)
     way = _route(checkpoint, to, options["fold"], reference is not None, [*checkpoint.problems, *problems])
@@ -116,10 +134,10 @@ def plan(
     problems += unmatched(opening, (each.left_out for each in opened))
     inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
     family = inputs.weights.family
-    if reference is not None:
+    if base is not None and reference is not None:
         problems += reference.problems
         if destination is not None:
-            problems += check_apart(destination, reference.source.root.local)
+            problems += check_apart(destination, reference.source.root.local, Location.parse(base).local)
     problems += option_problems(options, family, checkpoint.state, target)
     if reference is not None and not problems:
         problems += shape_problems(inputs) if inputs.base is not None else misfits(checkpoint, reference)
@@ -140,6 +158,8 @@ def plan(
     assets = read_assets(checkpoint.source.root, family)
     if inputs.base is not None and not assets.files:
         assets = read_assets(inputs.base.source.root, family)
+    stale, edited = _stale(inputs, assets, options)
+    refuse_if(stale, SourceRefused)
     folds = any(edge.fold for edge in way)
     exported = checkpoint.in_jax and _is_whole(target)
     usual = family.fold_dtype if folds else family.export_dtype if exported else "keep"
@@ -171,7 +191,7 @@ def plan(
         notes=(
             *checkpoint.source.notes,
             *_base_notes(inputs),
-            *_link_notes(checkpoint.source),
+            *edited,
             *(note for each in inputs.checkpoints.values() for note in each.reports()),
             *built.notes,
             *notes,
@@ -196,6 +216,20 @@ def _base_notes(inputs: Inputs) -> list[str]:
     if inputs.base is None:
         return []
     return [f"base: {note}" for note in inputs.base.source.notes if note not in inputs.source.source.notes]
+
+
+def _stale(inputs: Inputs, assets: Assets, options: Options) -> tuple[list[Problem], list[str]]:
+    """What has changed beside the weights since bridge wrote them; problems and notes."""
+    if options["no_check"]:
+        return [], []
+    found = []
+    for source in inputs.sources.values():
+        # an adapter's files, where it has any, stand in for its base's
+        own = {name: data for name, data in assets.files.items() if str(source.root / name) in assets.stamps}
+        found.append(stale_files(source, own))
+    return [each for problems, _ in found for each in problems], [
+        each for _, notes in found for each in notes
+    ]
 
 
 def _is_whole(target: State) -> bool:
@@ -225,17 +259,6 @@ def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
     if any(narrows(output, FLOAT32, BFLOAT16) for output in built.outputs):
         loss = max(loss, Loss.ROUNDED)
     return loss
-
-
-def _link_notes(source: Source) -> list[str]:
-    """A note about files of a source that symlinks bring in from elsewhere, as a hub's cache does."""
-    root = os.path.realpath(str(source.root.local))
-    real = {path: os.path.realpath(path) for path in source.stamps}
-    outside = [path for path, target in real.items() if os.path.commonpath([root, target]) != root]
-    if not outside:
-        return []
-    more = f", and {len(outside) - 1} more" if len(outside) > 1 else ""
-    return [f"{outside[0]} is a symlink to {real[outside[0]]}{more}"]
 
 
 def _check_base(reference: Checkpoint, checkpoint: Checkpoint, target: State) -> None:

@@ -18,7 +18,7 @@ from bridge.stream.step import Step
 def plan_text(job: Job, width: int) -> str:
     """The whole job. Each rule takes one line, or two where they do not fit the width."""
     shown = [line for output in job.outputs for line in ("", *_rules(job, output, width))]
-    return "\n".join((*head(job), *shown, "", *_totals(job)))
+    return "\n".join(map(printable, (*_head(job), *shown, "", *_totals(job))))
 
 
 def head(job: Job) -> Iterator[str]:

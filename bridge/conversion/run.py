@@ -17,7 +17,7 @@ from bridge.formats.disk.location import Location
 from bridge.formats.disk.stamps import changed_files
 from bridge.proof.peft import Proof
 from bridge.publish.atomic import publishing
-from bridge.publish.record import RECORD, combined
+from bridge.publish.record import RECORD, combined, stale_arrays
 from bridge.stream.output import Output
 from bridge.stream.readers import Done, Tick
 from bridge.stream.step import run_step
@@ -194,7 +194,7 @@ def run_steps(
 
     Raises:
         ValueRefused: weights whose values cannot be converted, all of them.
-        Refusal: the source cannot be read.
+        SourceRefused: the source cannot be read, or is not what the record beside it says.
     """
     sources, steps = job.inputs.sources, output.steps
     loads = [Load(step.bytes_read + step.bytes_written, step.memory) for step in steps]
@@ -225,7 +225,17 @@ def run_steps(
                 abandoned.touch()
             wait(submitted)
             raise
-    refuse_if((problem for each in done for problem in each.problems), ValueRefused)
+    problems = [problem for each in done for problem in each.problems]
+    if not job.options["no_check"]:
+        read = {key: checksum for each in done for key, checksum in each.read.items()}
+        stale = [
+            problem
+            for which, source in sources.items()
+            for problem in stale_arrays(source, {name: read[of, name] for of, name in read if of == which})
+        ]
+        # values that are wrong, in a file that is not what it was: that it is not is the cause
+        refuse_if([*stale, *problems] if stale else (), SourceRefused)
+    refuse_if(problems, ValueRefused)
     return done
 
 

@@ -86,7 +86,7 @@ def _recorded(reference: str | Path) -> dict[str, np.ndarray]:
         # without pickles, which is numpy's default
         with np.load(reference, allow_pickle=False) as opened:
             return {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise Refusal(
             Problem(f"{reference} is not a recording: {error}", "record it again, as an .npz")
         ) from error

@@ -13,18 +13,16 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bridge.errors import OutputRefused, Problem, system_problem
+from bridge.errors import OutputRefused, Problem, Refusal, refuse_if, system_problem
+from bridge.formats.disk.location import Location
+from bridge.formats.disk.stamps import Stamp, changed_files, take_stamps
 from bridge.publish.lock import locked
-from bridge.publish.record import RECORD
+from bridge.publish.record import own_record
 from bridge.publish.rename import ASIDE, exchange, list_names, place, sync_directory, sync_tree
-
-
-def replaceable(path: Path) -> bool:
-    """Whether ``--overwrite`` may replace a path: an output of bridge, or an empty directory."""
-    return path.is_dir() and not path.is_symlink() and ((path / RECORD).is_file() or not any(path.iterdir()))
+from bridge.publish.replace import accounted_files, accounting_problems, remove_all, remove_output
 
 
 @contextlib.contextmanager
@@ -54,10 +52,11 @@ def publishing(destination: Path, *, overwrite: bool, notes: list[str] | None = 
                 notes += sweep(destination)
             if os.path.lexists(destination) and not overwrite:
                 raise _created_meanwhile(destination)
+            old = take_stamps(accounted_files(destination)) if overwrite else {}
             with _private(destination, notes) as private:
                 yield private
                 sync_tree(private)
-                _put(private, destination, overwrite=overwrite)
+                _put(private, destination, overwrite=overwrite, old=old)
             written = True
     except BaseException as error:
         for directory in reversed(created):
@@ -97,7 +96,7 @@ def sweep(destination: Path) -> list[str]:
             sync_directory(destination.parent)
             notes.append(f"restored {destination}: a killed run (pid {pid}) had moved it aside")
         else:
-            notes.append(_remove(path) or f"removed {path}, left over from a killed run (pid {pid})")
+            notes.append(_remove_leftover(path) or f"removed {path}, left over from a killed run (pid {pid})")
     return notes
 
 
@@ -133,38 +132,35 @@ def _private(destination: Path, notes: list[str]) -> Iterator[Path]:
         identity = os.lstat(private)
         yield private
     except BaseException as error:
-        if (
-            identity is not None
-            and os.path.lexists(destination)
-            and os.path.samestat(identity, os.lstat(destination))
-        ):
+        if identity is not None and os.path.lexists(destination) and _is(destination, identity):
             error.add_note(_is_written(destination))
             with contextlib.suppress(OSError):
                 sync_directory(destination.parent)
         raise
     finally:
         os.close(spare)
-        if note := _remove(private):
+        # once exchanged, the old output has its name
+        ours = identity is not None and os.path.lexists(private) and _is(private, identity)
+        if note := _remove(private) if ours else remove_output(private):
             notes.append(note)
 
 
+def _is(path: Path, identity: os.stat_result) -> bool:
+    return os.path.samestat(identity, os.lstat(path))
+
+
 def _remove(path: Path) -> str:
-    """Remove a directory; a note if that fails."""
-    _remove_all(path)
+    """Remove what this run began to write; a note if that fails."""
+    remove_all(path)
     return f"could not remove {path}: it is left over, and safe to remove" if os.path.lexists(path) else ""
 
 
-def _remove_all(path: Path) -> None:
-    """``shutil.rmtree`` with one descriptor at a time, as few may be left."""
-    for name in list_names(path):
-        inner = path / name
-        if inner.is_dir() and not inner.is_symlink():
-            _remove_all(inner)
-        else:
-            with contextlib.suppress(OSError):
-                inner.unlink()
-    with contextlib.suppress(OSError):
-        path.rmdir()
+def _remove_leftover(path: Path) -> str:
+    """Remove what a killed run left: an old output it had replaced, or a new one it had begun."""
+    with contextlib.suppress(Refusal):
+        if own_record(Location(str(path))) is not None:
+            return remove_output(path)
+    return _remove(path)
 
 
 def _make_parents(directory: Path, created: list[Path]) -> None:
@@ -180,24 +176,45 @@ def _make_parents(directory: Path, created: list[Path]) -> None:
             sync_directory(path.parent)
 
 
-def _put(private: Path, destination: Path, *, overwrite: bool) -> None:
-    """Rename, and sync; undone if the sync fails."""
+def _put(private: Path, destination: Path, *, overwrite: bool, old: Mapping[str, Stamp]) -> None:
+    """Rename, and sync; undone if the sync fails, or a file came into the old output meanwhile.
+
+    Args:
+        private: the new output.
+        destination: its place.
+        overwrite: exchange it with an old output.
+        old: the files of the old output as they were at the beginning.
+    """
     replaces = os.path.lexists(destination)
-    if replaces and not (overwrite and replaceable(destination)):
-        raise _created_meanwhile(destination)
+    if replaces:
+        if not overwrite or destination.is_symlink() or not destination.is_dir():
+            raise _created_meanwhile(destination)
+        refuse_if([*accounting_problems(destination), *_used(destination, old)], OutputRefused)
     try:
         (exchange if replaces else place)(private, destination)
     except FileExistsError as error:
         raise _created_meanwhile(destination) from error
     try:
+        # what is opened by its path from here on is the new output
+        if replaces:
+            refuse_if(accounting_problems(private, destination), OutputRefused)
         sync_directory(destination.parent)
-    except OSError:
+    except (OSError, Refusal):
         # the old output has not been deleted yet
         if replaces:
             exchange(private, destination)
         else:
             place(destination, private)
         raise
+
+
+def _used(destination: Path, old: Mapping[str, Stamp]) -> list[Problem]:
+    """A problem if files of the old output were written to while the new one was made."""
+    return [
+        Problem(f"{changed.cause}; it would have been replaced", "choose another output")
+        for changed in changed_files({file: then for file, then in old.items() if os.path.lexists(file)})[:1]
+        if os.path.lexists(destination)
+    ]
 
 
 def _is_written(destination: Path) -> str:

@@ -11,17 +11,35 @@ from pathlib import Path
 
 from bridge.display import byte_size, counted
 from bridge.errors import Problem
-from bridge.publish.atomic import lock_file, replaceable
+from bridge.publish.atomic import lock_file
 from bridge.publish.lock import check_lock
-from bridge.publish.record import RECORD
+from bridge.publish.replace import replacement_problems
 
 
-def check_apart(destination: Path, source: Path | None) -> list[Problem]:
+def destination_at(path: str | Path) -> Path:
+    """The absolute path of an output, from a user's."""
+    destination = Path(path).expanduser().absolute()
+    if ".." not in destination.parent.parts:
+        return destination
+    # `a/../out` needs no `a`, which would be made for it
+    return Path(os.path.realpath(destination.parent), destination.name)
+
+
+def check_apart(destination: Path, *sources: Path | None) -> list[Problem]:
     """Check that output and source are not the same directory, nor one inside the other.
 
     Directories are compared by inode, not by name: a bind mount, a symlink or another case of a name
     is the same directory.
+
+    Args:
+        destination: the output.
+        sources: paths of the source, as opened and as named: an output inside a directory of steps would be
+            taken for part of it.
     """
+    return next((problems for source in sources if (problems := _apart(destination, source))), [])
+
+
+def _apart(destination: Path, source: Path | None) -> list[Problem]:
     if source is None:
         return []
     output, read = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
@@ -60,11 +78,11 @@ def _same(path: Path, others: Iterable[Path]) -> bool:
     return False
 
 
-def check_destination(destination: Path, source: Path | None, *, overwrite: bool) -> list[Problem]:
-    """Check that ``destination`` can be created, or replaced with ``overwrite``."""
+def check_destination(destination: Path, *sources: Path | None, overwrite: bool) -> list[Problem]:
+    """Check that ``destination`` can be created, or replaced with ``overwrite``, apart from ``sources``."""
     if "\0" in str(destination) or destination.name in ("", ".."):
         return [Problem(f"{destination} is not a valid path for a directory", "choose another output")]
-    problems = check_apart(destination, source)
+    problems = check_apart(destination, *sources)
     existing = destination.parent
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
@@ -78,13 +96,8 @@ def check_destination(destination: Path, source: Path | None, *, overwrite: bool
             )
         elif (kind := _kind(destination)) != "a directory":
             problems.append(Problem(f"{destination} exists and is {kind}", "choose another output"))
-        elif not os.access(destination, os.R_OK | os.X_OK) or not replaceable(destination):
-            problems.append(
-                Problem(
-                    f"{destination} exists and was not written by bridge (no {RECORD})",
-                    "choose another output, or move it away first",
-                )
-            )
+        else:
+            problems += replacement_problems(destination)
     if not existing.is_dir():
         kind = _kind(existing)
         what = "is not a directory" if kind == "a file" else f"is {kind}, not a directory"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bridge.arrays import raw
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.contract import Source
 from bridge.formats.disk.location import Location, is_safe_path
+from bridge.rules.names import grouped
 from bridge.strict_json import parse_object, shown
 
 RECORD = "bridge.json"
@@ -27,6 +28,7 @@ MAX_RECORD = 64 << 20
 MAX_FILE = 128 << 20
 CHANGED = "checksum mismatch: changed since bridge wrote it"
 RESTORE = "if this was not intended, restore it from a copy, or convert again"
+AS_IT_IS = f"{RESTORE}; if it was, add --no-check"
 
 
 def combined(sums: Mapping[str, str]) -> str:
@@ -41,13 +43,24 @@ def self_checksum(record: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(rest, indent=2).encode()).hexdigest()
 
 
-def files_in(directory: Path) -> set[str]:
-    """Relative paths of the files in an output, without its record and the outputs nested in it."""
+def files_in(directory: Path, nested: Collection[str] = ()) -> set[str]:
+    """Relative paths of the files in an output, without its record and the outputs ``nested`` in it.
+
+    A link to a directory counts as a file.
+
+    Raises:
+        OSError: a directory cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     paths = set()
-    for root, directories, files in os.walk(directory):
-        directories[:] = [name for name in directories if not Path(root, name, RECORD).is_file()]
+    for root, directories, files in os.walk(directory, onerror=fail):
+        inside = {name: os.path.relpath(Path(root, name), directory) for name in (*files, *directories)}
+        directories[:] = [name for name in directories if inside[name] not in nested]
         links = [name for name in directories if Path(root, name).is_symlink()]
-        paths |= {os.path.relpath(Path(root, name), directory) for name in (*files, *links)}
+        paths |= {inside[name] for name in (*files, *links)}
     return paths - {RECORD}
 
 
@@ -107,6 +120,65 @@ def check_record(
     return {str(source.root / RECORD): not problems}, problems
 
 
+def stale_files(source: Source, files: Mapping[str, bytes]) -> tuple[list[Problem], list[str]]:
+    """What has changed beside the weights since bridge wrote them, where it did.
+
+    Args:
+        source: the checkpoint.
+        files: that travel with it, by path, and their contents.
+
+    Returns:
+        Problems: the record, or a file that travels. Notes: a config, which is edited by hand at times.
+    """
+    record = read_record(source.root)
+    if "record" not in record:
+        return [], []
+    if own_record(source.root) is None:
+        return [Problem(f"{source.root / RECORD}: {CHANGED}", AS_IT_IS)], []
+    problems = [
+        Problem(f"{source.root / name}: {CHANGED}", AS_IT_IS)
+        for name, data in files.items()
+        if record["files"].get(name, checksum := xxhash.xxh3_128(data).hexdigest()) != checksum
+    ]
+    notes = [
+        f"{name} has changed since bridge wrote it"
+        for name in sorted(record["files"].keys() & source.metadata.keys())
+        if xxhash.xxh3_128((source.root / name).read_bytes(MAX_FILE) or b"").hexdigest()
+        != record["files"][name]
+    ]
+    return problems, notes
+
+
+def stale_arrays(source: Source, read: Mapping[str, str]) -> list[Problem]:
+    """Arrays that are not what bridge wrote, by the record beside them.
+
+    Args:
+        source: the checkpoint.
+        read: checksums of arrays that have been read.
+    """
+    record = read_record(source.root)
+    tensors = record.get("tensors") if "record" in record else None
+    if not isinstance(tensors, dict):
+        return []
+    changed = []
+    for name, checksum in read.items():
+        entry = tensors.get(name)
+        recorded = entry.get("checksum") if isinstance(entry, dict) else None
+        if recorded == "zeros":
+            recorded = _zeros(source.specs[name].nbytes)
+        if recorded not in (None, checksum):
+            changed.append(name)
+    return [Problem(f"{source.root}: {name}: {CHANGED}", AS_IT_IS) for name in grouped(sorted(changed))]
+
+
+def _zeros(nbytes: int) -> str:
+    """The checksum of so many zeros."""
+    digest, block = xxhash.xxh3_128(), bytes(min(nbytes, 1 << 20))
+    for start in range(0, nbytes, 1 << 20):
+        digest.update(block[: nbytes - start])
+    return digest.hexdigest()
+
+
 def _matches(source: Source, name: str, recorded: object) -> bool:
     """Whether a tensor has the recorded checksum, or is all zeros if ``zeros`` is recorded."""
     digest = xxhash.xxh3_128()
@@ -131,15 +203,21 @@ def _well_formed(record: Mapping[str, Any]) -> bool:
     )
 
 
+def own_record(root: Location) -> dict[str, Any] | None:
+    """The record in a directory, as bridge wrote it; None if there is none, or it has been changed."""
+    record = read_record(root)
+    return record if record.get("record") == self_checksum(record) and _well_formed(record) else None
+
+
 def check_whole(root: Location) -> list[Problem]:
     """Check that a directory contains exactly the files in its record."""
     if root.local is None or not (root / RECORD).is_file():
         return []
-    record = read_record(root)
-    if record.get("record") != self_checksum(record) or not _well_formed(record):
+    record = own_record(root)
+    if record is None:
         return [Problem(f"{root / RECORD}: {CHANGED}", RESTORE)]
     expected = {*record["files"], *record["container"]}
-    present = files_in(root.local)
+    present = files_in(root.local, record["outputs"])
     problems = [Problem(f"{root / name} is missing", RESTORE) for name in sorted(expected - present)]
     problems += [
         Problem(f"{root / name} is not listed in {RECORD}", "move it elsewhere")

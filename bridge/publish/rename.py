@@ -33,6 +33,17 @@ def place(private: Path, destination: Path) -> None:
 
 def exchange(private: Path, destination: Path) -> None:
     """Exchange two directories. Raises OSError, and then both are in their old places."""
+    try:
+        _exchange(private, destination)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # overlayfs moves no directory of a lower layer (redirect_dir), and one device is what both are on
+        said = "cannot be replaced: it lies in a lower layer of an overlay, such as the image of a container"
+        raise OSError(errno.EXDEV, said, str(destination)) from error
+
+
+def _exchange(private: Path, destination: Path) -> None:
     if _renameat2(private, destination, _EXCHANGE):
         return
     aside = private.with_name(private.name + ASIDE)

@@ -309,12 +309,13 @@ def hard_links(scene: Scene) -> None:
     scene.options = ["--to", "orbax", "--overwrite"]
 
 
-def files_in_the_output(scene: Scene) -> None:
-    """The source is a directory of symlinks, as a hub's cache is, into the output to be replaced."""
+def file_in_the_output(scene: Scene) -> None:
+    """The source is a symlink into the output to be replaced."""
     file = scene.from_torch()
     scene.dst = scene.tmp / "made" / "out"
     file.unlink()
     file.symlink_to(scene.dst / "model.safetensors")
+    scene.src = file
     scene.options = ["--to", "orbax", "--overwrite"]
 
 
@@ -338,11 +339,68 @@ def file_loop(scene: Scene) -> None:
     file.symlink_to(file.name)
 
 
-def hub_cache(scene: Scene) -> None:
+def linked(name: str) -> Provoke:
+    """A file beside the weights, or the weights, from elsewhere: the content of that would be published."""
+
+    def provoke(scene: Scene) -> None:
+        scene.from_torch()
+        file = scene.step / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = file.read_bytes() if file.exists() else b"-----BEGIN OPENSSH PRIVATE KEY-----"
+        file.unlink(missing_ok=True)
+        (scene.tmp / "id_rsa").write_bytes(content)
+        file.symlink_to(scene.tmp / "id_rsa")
+
+    return provoke
+
+
+def linked_directory(scene: Scene) -> None:
+    scene.from_torch()
+    file = scene.step / "assets"
+    file.symlink_to(file.rename(scene.tmp / "shared"))
+
+
+def linked_within(scene: Scene) -> None:
+    """Links within the source, and a source that is reached through one."""
     file = scene.from_torch()
-    blobs = scene.tmp / "blobs"
-    blobs.mkdir()
-    file.symlink_to(file.rename(blobs / "0123abcd"))
+    (scene.step / "weights").mkdir()
+    file.symlink_to(os.path.relpath(file.rename(scene.step / "weights" / "epoch7"), file.parent))
+    scene.src = scene.step.with_name("last")
+    scene.src.symlink_to(scene.step.name)
+
+
+def linked_step(scene: Scene) -> None:
+    """Steps on another disk, linked to from the run's directory."""
+    scene.step.rename(scene.tmp / "scratch")
+    scene.step.symlink_to(scene.tmp / "scratch")
+    scene.src = scene.tmp / "run"
+
+
+def linked_file(scene: Scene) -> None:
+    """The file that is named may be a link; what lies beside the link may not."""
+    file = scene.from_torch()
+    scene.src = scene.tmp / "mine" / "pi0.safetensors"
+    scene.src.parent.mkdir()
+    scene.src.symlink_to(file)
+    shutil.copy(scene.step / "config.json", scene.src.parent)
+
+
+def beside_a_linked_file(scene: Scene) -> None:
+    linked_file(scene)
+    (scene.tmp / "mine" / "config.json").unlink()
+    (scene.tmp / "mine" / "config.json").symlink_to(scene.step / "config.json")
+
+
+def another_cache(scene: Scene) -> None:
+    """A snapshot with a link into the blobs of another repository."""
+    file = scene.from_torch()
+    snapshot = scene.tmp / "models--a" / "snapshots" / "0123"
+    blobs = scene.tmp / "models--b" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(scene.step, snapshot)
+    (snapshot / file.name).unlink()
+    (snapshot / file.name).symlink_to(file.rename(blobs / "0123abcd"))
+    scene.src = snapshot
 
 
 # 41, 42, 43.
@@ -400,6 +458,17 @@ def mount_point(scene: Scene) -> None:
     scene.dst.mkdir()
     scene.options.append("--overwrite")
     mounted(scene, f"mount -t tmpfs tmpfs {shlex.quote(str(scene.dst))}", scene.dst)
+
+
+def overlay(scene: Scene) -> None:
+    """The old output lies in a lower layer, as in the image of a container: the system moves no such directory."""
+    lower = shlex.quote(str(scene.dst.parent))
+    layers = f"mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work && mount -t overlay overlay {lower} -o"
+    mounted(scene, f"{layers} lowerdir={lower},upperdir=/mnt/upper,workdir=/mnt/work", scene.dst.parent)
+
+
+def only_the_old_one(scene: Scene, ran: Ran) -> None:
+    assert scene.tmp.with_name(scene.tmp.name + ".left").read_text() == "out\n"
 
 
 # 47 to 50.
@@ -540,14 +609,26 @@ ROWS = [
     Fault(39, "bind mount, inside", bind_mount, Expect(r"other/out is inside the source")),
     Fault(39, "bind mount, around", bind_mount_of_a_parent, Expect(r"the source .*step is inside .*made/out")),
     Fault(39, "hard links", hard_links, Expect(r"wrote .*made/out", 0)),
-    Fault(39, "by symlinks", files_in_the_output, Expect(r"made/out contains 1 file of the source")),
+    Fault(39, "by a symlink", file_in_the_output,
+          Expect(r"the source .*run/7/model\.safetensors is inside .*made/out$")),
     Fault(39, "another case of the name",
           why_not="this kernel has no directories without case: the bind mounts above show that it is the inode "
                   "that is compared, not the name"),
     Fault(40, "above the output", loop_above, Expect(r"made/loop is a broken symlink to loop")),
     Fault(40, "the source", source_loop, Expect(r"run/loop.*(does not exist|symbolic links)")),
     Fault(40, "a source file", file_loop, Expect(r"model\.safetensors.*(symbolic links|missing|no safetensors)")),
-    Fault(40, "a hub's cache", hub_cache, Expect(r"model\.safetensors is a symlink to .*blobs/0123abcd", 0)),
+    *(
+        Fault(40, f"{name} from elsewhere", linked(name), Expect(rf"7/{name} is a symlink to \S+/id_rsa, outside"))
+        for name in ("model.safetensors", "config.json", "bridge.json", "assets/my_robot/norm_stats.json", "assets/x")
+    ),
+    Fault(40, "assets from elsewhere", linked_directory, Expect(r"7/assets is a symlink to \S+/shared, outside")),
+    Fault(40, "within the source", linked_within, Expect(r"wrote", 0)),
+    Fault(40, "a step on another disk", linked_step, Expect(r"using step 7, .*(.|\n)*wrote", 0)),
+    Fault(40, "the file that is named", linked_file, Expect(r"wrote", 0)),
+    Fault(40, "a file beside the file that is named", beside_a_linked_file,
+          Expect(r"mine/config\.json is a symlink to .*7/config\.json, outside")),
+    Fault(40, "the cache of another repository", another_cache,
+          Expect(r"model\.safetensors is a symlink to .*models--b/blobs/0123abcd, outside")),
     Fault(41, "read-only mount", read_only_mount, Expect(r"made is on a read-only file system")),
     Fault(41, "no permission", lambda s: mode(s, s.dst.parent, 0o555), Expect(r"made is not writable")),
     Fault(41, "no way through", lambda s: mode(s, s.dst.parent, 0o666), Expect(r"made.*(is not writable|denied)")),
@@ -558,6 +639,9 @@ ROWS = [
     Fault(42, "a program without locks", appears, Expect(r"made/out was created while bridge was running")),
     Fault(43, "TMPDIR elsewhere", other_device, Expect(r"wrote .*made/out", 0)),
     Fault(43, "the output a mount", mount_point, Expect(r"made/out: Device or resource busy", also=nothing_left)),
+    Fault(43, "the old output in a lower layer", overlay,
+          Expect(r"made/out: cannot be replaced: it lies in a lower layer of an overlay.*\n.*another output",
+                 also=only_the_old_one)),
     Fault(44, "255 bytes", named("é" * 127 + "x"), Expect(r"wrote", 0)),
     Fault(44, "256 bytes", named("é" * 128), Expect(r"a name of 256 bytes exceeds the 255 that the file")),
     Fault(44, "a long path", to(*["d" * 200] * 20), Expect(r"path has \d+ bytes")),

@@ -48,7 +48,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "entry is a list": (packed({"a": []}), "is not an object"),
     "unknown dtype": (packed({"a": entry(0, 8, "F128")}, bytes(8)), "'F128'"),
     "dtype is a list": (packed({"a": entry(0, 8, ["F32"])}, bytes(8)), "dtype"),
-    "sub-byte dtype": (packed({"a": entry(0, 8, "F4", [16])}, bytes(8)), "'F4'"),
+    "sub-byte dtype": (packed({"a": entry(0, 8, "F4", [16])}, bytes(8)), "stored as F4"),
     "non-string metadata": (packed({"__metadata__": {"a": 1}}), "values that are not strings"),
     "metadata is a list": (packed({"__metadata__": []}), "values that are not strings"),
     "not JSON": (packed(b"{nonsense"), "not a valid safetensors file"),

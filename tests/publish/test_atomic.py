@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -10,15 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xxhash
 
 import bridge
 from bridge.errors import OutputRefused
-from bridge.publish import atomic as publish
 from bridge.publish import lock
 from bridge.publish import rename as renaming
 from bridge.publish.atomic import _prefix, lock_file, publishing, sweep
 from bridge.publish.lock import check_lock, locked
-from bridge.publish.record import RECORD
+from bridge.publish.record import RECORD, self_checksum
 from tests.kit import checkpoints
 
 
@@ -45,9 +46,20 @@ def state(path: Path) -> tuple[int, ...]:
 
 
 def fill(directory: Path, text: str) -> None:
+    """An output: a file that contains ``text``, and the record of it."""
     (directory / "assets").mkdir()
     (directory / "assets" / "stats.json").write_text(text)
-    (directory / RECORD).write_text(text)
+    (directory / RECORD).write_text(record(text))
+
+
+def record(text: str) -> str:
+    files = {"assets/stats.json": xxhash.xxh3_128(text.encode()).hexdigest()}
+    made = {"files": files, "container": [], "outputs": []}
+    return json.dumps({**made, "record": self_checksum(made)})
+
+
+def content(out: Path) -> str:
+    return (out / "assets" / "stats.json").read_text()
 
 
 def output(path: Path, text: str = "old") -> dict[str, str | None]:
@@ -68,7 +80,7 @@ def test_a_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
         "b/out": None,
         "b/out/assets": None,
         "b/out/assets/stats.json": "new",
-        f"b/out/{RECORD}": "new",
+        f"b/out/{RECORD}": record("new"),
     }
 
 
@@ -128,6 +140,69 @@ def test_something_else_in_the_place_of_what_should_be_overwritten(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("moment", ["running", "exchanged"])
+def test_a_file_that_comes_into_the_old_output_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """While the new output is made, and between the last look at the old one and the exchange."""
+    out, real = tmp_path / "out", renaming._renameat2
+    old = output(out)
+
+    def rename(before: Path, after: Path, flags: int) -> bool:
+        if not (out / "notes.md").exists() and moment == "exchanged":
+            (out / "notes.md").write_text("mine")
+        return real(before, after, flags)
+
+    monkeypatch.setattr(renaming, "_renameat2", rename)
+    with (
+        pytest.raises(OutputRefused, match=r"out exists and contains 1 file that bridge .*: notes\.md\n"),
+        publishing(out, overwrite=True) as directory,
+    ):
+        fill(directory, "new")
+        if moment == "running":
+            (out / "notes.md").write_text("mine")
+    assert listing(out) == old | {"notes.md": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_comes_while_the_old_output_is_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that works in the old directory has it still, under another name."""
+    out, notes = tmp_path / "out", []
+    output(out)
+    real = Path.unlink
+
+    def unlink(self: Path, **options: bool) -> None:
+        if self.name == "stats.json":
+            self.with_name("eval.csv").write_text("mine")
+        real(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with publishing(out, overwrite=True, notes=notes) as directory:
+        fill(directory, "new")
+    monkeypatch.undo()
+    assert content(out) == "new"
+    (kept,) = (path for path in tmp_path.iterdir() if path != out)
+    assert listing(kept) == {"assets": None, "assets/eval.csv": "mine", RECORD: record("old")}
+    assert notes == [f"kept {kept}: bridge did not write assets/eval.csv in it"]
+    assert sweep(out) == notes and listing(kept)["assets/eval.csv"] == "mine"
+
+
+def test_an_old_output_that_is_written_to_while_the_new_one_is_made(tmp_path: Path) -> None:
+    """As by a training run that saves to the same directory."""
+    out = tmp_path / "out"
+    output(out)
+    with (
+        pytest.raises(OutputRefused, match=r"stats\.json changed while .*would have been replaced"),
+        publishing(out, overwrite=True) as directory,
+    ):
+        fill(directory, "new")
+        (out / "assets" / "stats.json").write_text("trained")
+    assert content(out) == "trained"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("renameat2", [True, False])
 def test_overwriting_exchanges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renameat2: bool) -> None:
     if not renameat2:  # as on a libc without it, or macOS
@@ -136,8 +211,8 @@ def test_overwriting_exchanges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     output(out)
     with publishing(out, overwrite=True) as directory:
         fill(directory, "new")
-        assert (out / RECORD).read_text() == "old"
-    assert (out / RECORD).read_text() == "new"
+        assert content(out) == "old"
+    assert content(out) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -150,7 +225,7 @@ def test_an_output_removed_meanwhile_is_made_all_the_same(tmp_path: Path) -> Non
         (out / "assets").rmdir()
         (out / RECORD).unlink()
         out.rmdir()
-    assert (out / RECORD).read_text() == "new"
+    assert content(out) == "new"
 
 
 def test_a_file_system_without_the_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +236,7 @@ def test_a_file_system_without_the_flags(tmp_path: Path, monkeypatch: pytest.Mon
         return -1
 
     monkeypatch.setattr(renaming.ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace(renameat2=refuse))
-    assert output(tmp_path / "out") == {"assets": None, "assets/stats.json": "old", RECORD: "old"}
+    assert output(tmp_path / "out") == {"assets": None, "assets/stats.json": "old", RECORD: record("old")}
 
 
 def test_a_rename_that_fails_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +428,7 @@ def test_an_output_set_aside_comes_back(tmp_path: Path) -> None:
         publishing(out, overwrite=False),
     ):
         pass
-    assert (out / RECORD).read_text() == "half" and not old.exists()
+    assert content(out) == "half" and not old.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -378,7 +453,7 @@ def test_the_fallback_of_an_exchange_puts_back_what_it_can(
     if failing < 3:
         assert listing(out) == old
     else:  # the new one is in its place, and whole; the next run sweeps the old one
-        assert (out / RECORD).read_text() == "new"
+        assert content(out) == "new"
         assert len(sweep(out)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -463,11 +538,19 @@ def test_an_old_output_that_cannot_be_removed_is_said(
 ) -> None:
     out, notes = tmp_path / "out", []
     output(out)
-    monkeypatch.setattr(publish, "_remove_all", lambda path: None)
+
+    real = Path.unlink
+
+    def unlink(self: Path, **options: bool) -> None:
+        if self.name == "stats.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
     with publishing(out, overwrite=True, notes=notes) as directory:
         fill(directory, "new")
     monkeypatch.undo()
-    assert (out / RECORD).read_text() == "new"
+    assert content(out) == "new"
     assert len(notes) == 1 and "could not remove" in notes[0]
     assert len(sweep(out)) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -524,7 +607,7 @@ def test_an_interrupt_after_the_rename_says_that_it_is_written(
     with pytest.raises(KeyboardInterrupt) as interrupted, publishing(out, overwrite=True) as directory:
         fill(directory, "new")
     assert interrupted.value.__notes__ == [f"{out} was written completely"]
-    assert (out / RECORD).read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(out) == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_read_back_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,13 @@ import pytest
 import bridge
 from bridge.errors import OutputRefused
 from bridge.publish import preflight as destination
-from bridge.publish.preflight import check_destination, check_space, check_twins
+from bridge.publish.preflight import (
+    check_destination,
+    check_kept,
+    check_space,
+    check_twins,
+    destination_at,
+)
 from tests.kit import checkpoints
 
 
@@ -27,6 +33,38 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
 def test_what_names_nothing_to_make(tmp_path: Path, name: str) -> None:
     (problem,) = check_destination(tmp_path / name, None, overwrite=True)
     assert "is not a valid path for a directory" in problem.cause
+
+
+def test_files_of_the_source_are_kept(tmp_path: Path) -> None:
+    """A format of somebody else's may read files from anywhere."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "w").touch()
+    (tmp_path / "link").symlink_to("out/w")
+    assert check_kept(tmp_path / "out", [tmp_path / "other"]) == []
+    (problem,) = check_kept(tmp_path / "out", [tmp_path / "link"])
+    assert "out contains 1 file of the source (the first: " in problem.cause
+
+
+def test_an_output_in_the_directory_that_was_named(tmp_path: Path) -> None:
+    """It would be taken for a step of the run, or hide the steps."""
+    run = tmp_path / "run"
+    (run / "7").mkdir(parents=True)
+    (problem,) = check_destination(run / "out", run / "7", run, overwrite=False)
+    assert problem.cause == f"{run / 'out'} is inside the source {run}"
+
+
+def test_no_folder_is_made_on_the_way_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path)
+    assert destination_at("nowhere/../out") == tmp_path / "out"
+    assert destination_at("link/../out") == tmp_path / "out"
+    assert destination_at("link/out") == tmp_path / "link" / "out"
+    assert destination_at("out/..").name == ".."
+    step = checkpoints.save(checkpoints.pi0_tree(lora={}), tmp_path / "7", quick=True)
+    result = bridge.convert(step, "nowhere/../out", to="torch-merged")
+    assert result.destination == tmp_path / "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "link", "out", "there"]
 
 
 def test_space(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import errno
 import io
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import Problem, SourceRefused
+from bridge.formats.disk.links import link_problem
 
 #: files in one tree; ample for the chunks of a large run
 MAX_FILES = 4_000_000
@@ -43,6 +44,9 @@ class Location:
     """A file or directory: an absolute local path, or ``scheme://…`` without a trailing slash."""
 
     url: str
+    home: str = field(default="", compare=False, repr=False)
+    """The location that a user named and this one was derived from by names, if any. No file outside it is read
+    through a link (:mod:`bridge.formats.disk.links`)."""
 
     @classmethod
     def parse(cls, path: str | Path | Location) -> Location:
@@ -77,7 +81,18 @@ class Location:
         return Location(self.url.rsplit("/", 1)[0] or "/")
 
     def __truediv__(self, name: str) -> Location:
-        return Location(f"{self.url.rstrip('/')}/{name}")
+        return Location(f"{self.url.rstrip('/')}/{name}", self.home or self.url)
+
+    def entered(self) -> Location:
+        """The location, as a directory that was chosen in the one named: a source of its own where a link leads out
+        of that, as to steps on another disk."""
+        leads_out = self.local is not None and self.home and link_problem(self.url, self.home) is not None
+        return Location(self.url) if leads_out else self
+
+    def check_link(self) -> None:
+        """Check that no link leads from here out of the source. Raises SourceRefused."""
+        if self.home and (problem := link_problem(self.url, self.home)) is not None:
+            raise SourceRefused(problem)
 
     def __str__(self) -> str:
         return self.url
@@ -102,10 +117,12 @@ class Location:
 
         Raises:
             SourceRefused: a directory cannot be listed, or contains something that is neither a
-                file nor a directory: a pipe, a device, a symlink to a directory, a broken one.
+                file nor a directory (a pipe, a device, a symlink to a directory, a broken one), or a
+                symlink that leads out of the source.
         """
         if self.local is None:
             return sorted(key.decode() for key in self.keys() if key)
+        self.check_link()
         paths: list[str] = []
         pending = [""] if self.local.is_dir() else []
         while pending:
@@ -119,6 +136,8 @@ class Location:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(f"{path}/")
                 elif _is_file(entry):
+                    if entry.is_symlink():
+                        (self / path).check_link()
                     paths.append(path)
                 else:
                     raise SourceRefused(_not_a_file(self / path))
@@ -153,9 +172,11 @@ class Location:
         """The file's content, or None if there is no such file.
 
         Raises:
-            SourceRefused: it cannot be read, is not a regular file, or is larger than ``at_most``
-                bytes.
+            SourceRefused: it cannot be read, is not a regular file, is larger than ``at_most``
+                bytes, or is reached through a link that leads out of the source.
         """
+        if self.local is not None:
+            self.check_link()
         try:
             if self.local is not None:
                 with open_regular(self.local) as file:

@@ -14,6 +14,7 @@ from typing import Any
 from bridge.display import counted
 from bridge.errors import Problem, SourceRefused, reason, refuse_if
 from bridge.formats.disk.location import Location, tensorstore_context
+from bridge.formats.dtypes import DEQUANTISE, ForeignDtype
 from bridge.formats.orbax import zstd
 from bridge.formats.orbax.ocdbt import RECOPY, Extent, check_files, index, whole_file
 from bridge.formats.orbax.zarr import MAX_TEXT, ZarrArray, parse_v2, parse_v3
@@ -132,11 +133,15 @@ def list_arrays(
     refuse_if(problems, SourceRefused)
 
     arrays: dict[str, StoredArray] = {}
+    others: dict[str, list[str]] = {}
     for name, path in tree.items():
         (key,) = metadata[path]
         try:
             text = _array_metadata(params, ocdbt, key, extents)
             array = parse_v2(text) if key.endswith(V2) else parse_v3(text)
+        except ForeignDtype as foreign:
+            others.setdefault(str(foreign), []).append(name)
+            continue
         except (ValueError, OSError) as error:
             problems.append(Problem(f"{params}: the metadata of {name} is damaged: {error}", RECOPY))
             continue
@@ -144,8 +149,17 @@ def list_arrays(
         problems += faults
         if stored_array is not None:
             arrays[name] = stored_array
+    problems += [
+        Problem(f"{params}: {_and_more(names)} {stored_as}", DEQUANTISE)
+        for stored_as, names in others.items()
+    ]
     refuse_if(problems, SourceRefused)
     return arrays
+
+
+def _and_more(names: list[str]) -> str:
+    """The first of some names, how many more there are, and the verb."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def _array_metadata(params: Location, ocdbt: bool, key: str, extents: Mapping[str, Extent] | None) -> bytes:

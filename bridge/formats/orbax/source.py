@@ -293,7 +293,7 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
     complete = [name for _, name in steps if (location / name / ITEM / "_METADATA").is_file()]
     others = [name for _, name in steps if _items(location / name, (location / name).names())]
     if others and not complete:
-        params, root, notes = resolve(location / others[-1])
+        params, root, notes = resolve((location / others[-1]).entered())
         return (
             params,
             root,
@@ -304,7 +304,9 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
         note = f"using step {complete[-1]}, the latest complete step of {location}"
         if skipped:
             note += f" (incomplete: {', '.join(skipped)})"
-        return location / complete[-1] / ITEM, location / complete[-1], (printable(note),)
+        # steps are often kept on another disk, and linked to
+        step = (location / complete[-1]).entered()
+        return step / ITEM, step, (printable(note),)
     if steps or any(UNFINISHED in name for name in names):
         raise SourceRefused(
             Problem(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import BFLOAT16, Spec
+from bridge.formats.dtypes import check_foreign
 from bridge.strict_json import parse_object, shown
 
 MAX_BYTES = 1 << 40
@@ -56,7 +57,7 @@ class ZarrArray:
 
 
 def parse_v2(text: bytes) -> ZarrArray:
-    """Parse a ``.zarray``. Raises ValueError with the cause."""
+    """Parse a ``.zarray``. Raises ValueError with the cause, ForeignDtype among them."""
     meta = parse_object(text)
     shape, chunks = _sizes(meta, "shape"), _sizes(meta, "chunks")
     compressor = meta.get("compressor")
@@ -143,6 +144,7 @@ def _dtype(name: Any) -> np.dtype:
     # looked up, not parsed: numpy interprets these strings
     if isinstance(name, str) and name in _DTYPES:
         return _DTYPES[name]
+    check_foreign(name)
     raise ValueError(f"dtype is {shown(name)}")
 
 

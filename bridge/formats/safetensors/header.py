@@ -22,6 +22,7 @@ from bridge.arrays import BFLOAT16, Spec
 from bridge.errors import Problem, SourceRefused
 from bridge.formats.disk import lfs
 from bridge.formats.disk.location import open_regular
+from bridge.formats.dtypes import DEQUANTISE, ForeignDtype, check_foreign
 from bridge.strict_json import parse_object, shown
 
 #: bytes; the reference allows 100 MB, far more than the names of a policy need
@@ -119,6 +120,8 @@ def read_header(path: Path) -> Header:
         raise SourceRefused(
             Problem(f"{path}: {error.strerror}", "check the path and its permissions")
         ) from error
+    except ForeignDtype as foreign:
+        raise SourceRefused(Problem(f"{path}: {foreign}", DEQUANTISE)) from foreign
     except ValueError as error:
         raise SourceRefused(
             Problem(f"{path} is not a valid safetensors file: {error}", "copy the checkpoint again")
@@ -135,7 +138,13 @@ def _parse(text: bytes, size: int) -> Header:
     if len(described) > MAX_TENSORS:
         raise ValueError(f"it lists {len(described)} tensors")
     first = 8 + len(text)
-    tensors = {name: _entry(name, value, first) for name, value in described.items()}
+    tensors = {}
+    for name, value in described.items():
+        try:
+            tensors[name] = _entry(name, value, first)
+        except ForeignDtype as foreign:
+            foreign.args = (f"{name} is {foreign}",)
+            raise
     end = first
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
         if entry.offset != end:
@@ -153,6 +162,7 @@ def _entry(name: str, value: Any, first: int) -> TensorEntry:
         raise ValueError(f"the entry of {name} is not an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
+        check_foreign(dtype)
         raise ValueError(f"{name} has dtype {shown(dtype)}")
     if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
         raise ValueError(f"{name} has shape {shown(shape)} at {shown(offsets)}")

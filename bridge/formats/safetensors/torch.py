@@ -20,6 +20,7 @@ import numpy as np
 from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused, reason, refuse_if
 from bridge.formats.contract import SLAB_BYTES, Format, Slab, Timings
+from bridge.formats.disk.links import link_problems
 from bridge.formats.disk.location import Location, is_safe_path
 from bridge.formats.disk.readahead import RangeReader, buffered_bytes, fill, open_range
 from bridge.formats.disk.stamps import Stamp, take_stamps
@@ -180,7 +181,7 @@ def open_torch(location: Location) -> TorchSource:
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:
         stamps = take_stamps([path / indexes[0]])
-        shards, total = _shards(path / indexes[0])
+        shards, total = _shards(location / indexes[0])
         source = source_of(location, location, sorted(set(shards.values())), shards)
         nbytes = sum(entry.spec.nbytes for _, entry in source.files.values())
         if total is not None and total != nbytes:
@@ -200,9 +201,9 @@ def open_torch(location: Location) -> TorchSource:
     )
 
 
-def _shards(path: Path) -> tuple[dict[str, Path], int | None]:
+def _shards(path: Location) -> tuple[dict[str, Path], int | None]:
     """Tensor name -> its file, and the total size in the index."""
-    text = Location.parse(path).read_bytes(MAX_INDEX)
+    text = path.read_bytes(MAX_INDEX)
     try:
         described = parse_object(text or b"", 2 * MAX_TENSORS)
         pairs = [(name, _file_name(file)) for name, file in described["weight_map"].items()]
@@ -229,7 +230,8 @@ def _shards(path: Path) -> tuple[dict[str, Path], int | None]:
         if not (path.parent / file).is_file()
     ]
     refuse_if(problems, SourceRefused)
-    return {name: path.parent / file for name, file in pairs}, None if total is None else int(total)
+    directory = Path(str(path.parent))
+    return {name: directory / file for name, file in pairs}, None if total is None else int(total)
 
 
 def _file_name(value: object) -> str:
@@ -244,7 +246,11 @@ def source_of(
     """Open files, and check their headers against each other and the index."""
     files: dict[str, tuple[Path, TensorEntry]] = {}
     metadata: dict[str, Any] = {}
-    problems = []
+    problems: list[Problem] = []
+    if location.local is not None:
+        # the file that a user names may be a link
+        inside = [str(path) for path in paths if path != location.local]
+        refuse_if(link_problems(inside, location.home or str(location)), SourceRefused)
     stamps = take_stamps([*paths, *([root.local / CONFIG] if root.local is not None else [])])
     for path in paths:
         header = read_header(path)
