@@ -17,7 +17,7 @@ from bridge.checkpoint.trainers import FACTOR
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
-from bridge.peft.config import PREFIX, A, AdapterConfig, B, KnownFactors, read_config
+from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
 from bridge.peft.patterns import SECONDS
 from bridge.publish.record import read_record
 from bridge.rules.family import Family, families
@@ -27,16 +27,13 @@ from bridge.rules.names import grouped
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
 
 
-def understand_adapter(
-    source: Source, expected: str | None = None, factors: KnownFactors | None = None
-) -> AdapterCheckpoint:
+def understand_adapter(source: Source, expected: str | None = None) -> AdapterCheckpoint:
     """Work out which weights an adapter belongs to: those of the model that has most of its modules.
 
     Args:
         source: the adapter.
         expected: name of the model to choose among several that have as many of its modules, which paths
             alone do not tell apart: the base's; by default the one in its ``bridge.json``, or the first.
-        factors: ranks and scales of its modules, where it has no config.
 
     Raises:
         CheckpointRefused: its modules are of no supported model.
@@ -54,10 +51,7 @@ def understand_adapter(
                 if (places or spare) and fit > rank:
                     rank, best = fit, (family, known, layout, places)
     where = str(source.location)
-    config: AdapterConfig | KnownFactors | None = factors
-    problems: list[Problem] = []
-    if factors is None:
-        config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
+    config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
     if best is None:
         # another method has other names: that it is another is what must be said
         refuse_if(problems, CheckpointRefused)
@@ -206,7 +200,7 @@ def _pair_problems(source: Source, where: str, module: str, a: str, b: str) -> l
 
 
 def _module(
-    source: Source, config: AdapterConfig | KnownFactors, where: str, module: str, a: str, b: str
+    source: Source, config: AdapterConfig, where: str, module: str, a: str, b: str
 ) -> tuple[Module | None, bool, list[Problem]]:
     """The factors of one module, and whether PEFT applies them."""
     try:

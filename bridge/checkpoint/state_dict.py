@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, WeightsCheckpoint
 from bridge.checkpoint.leave_out import NOTHING, LeftOut, without
 from bridge.checkpoint.match import Fit, fit_weights, known_weight, place_weights
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.peft_set import understand_adapter
+from bridge.checkpoint.scales import alpha_problems
 from bridge.checkpoint.trainers import (
     FACTOR,
     Whole,
@@ -25,8 +27,8 @@ from bridge.errors import CheckpointRefused, Problem, SourceRefused
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG, FILE, FORMAT, MAX_CONFIG
 from bridge.formats.view import View
-from bridge.lora.factors import Scale
-from bridge.peft.config import PREFIX, A, B, KnownFactors
+from bridge.peft.config import PREFIX, A, B, compose_config, module_of, targets_of
+from bridge.rules.names import Template
 from bridge.strict_json import parse_object
 
 #: what a whole model with LoRA consists of, for ``--item``
@@ -114,78 +116,83 @@ def _adapter(
             if which in pair:
                 named[f"{PREFIX}{module.removeprefix(prefix)}{ending}"] = pair[which]
     named |= {PREFIX + name.removeprefix(prefix): stored for name, stored in whole.saved.items()}
-    config = _config_beside(source)
+    config, problems = _config_beside(source), list[Problem]()
+    told = config is None
+    if config is None:
+        ranks = {module: _rank(source, pair) for module, pair in whole.factors.items()}
+        ranks = {module.removeprefix(prefix): rank for module, rank in ranks.items()}
+        saved = dict.fromkeys(module_of(name.removeprefix(prefix)) for name in whole.saved)
+        config, problems = _config(ranks, saved, base, opening)
     view = View.of(
         source,
         named,
         *base.source.notes[len(source.notes) :],
         f"{_counted(whole)}: a base and its adapter in one file (--item {BASE} or --item {ADAPTER} takes one)",
         format=FORMAT.name,
-        metadata={CONFIG: config or {}},
+        metadata={CONFIG: config},
     )
-    if config is not None:
-        adapter = understand_adapter(view, base.model.name)
-        # PEFT's own file tells the alphas: those of the user are what the JAX runtime shall have
-        return replace(adapter, left_out=base.left_out, own_base=_own(base, opening))
-    known, problems = _known(view, base, opening)
-    adapter = understand_adapter(view, base.model.name, known)
+    adapter = understand_adapter(view, base.model.name)
     return replace(
         adapter,
         problems=(*problems, *adapter.problems),
         left_out=base.left_out,
-        own_base=_own(base, opening),
-        alphas_given=True,
+        own_base=None if opening.item == ADAPTER else base,
+        # those in PEFT's own file are the run's; the user's are what the JAX runtime shall have then
+        alphas_given=told,
     )
 
 
-def _own(base: WeightsCheckpoint, opening: Opening) -> WeightsCheckpoint | None:
-    return None if opening.item == ADAPTER else base
+def _rank(source: Source, pair: Mapping[str, str]) -> int:
+    shape = source.specs[pair["a"]].shape if "a" in pair else ()
+    return shape[0] if shape else 0
 
 
-def _known(view: View, base: WeightsCheckpoint, opening: Opening) -> tuple[KnownFactors, list[Problem]]:
-    """Rank and scale of every module of an adapter without a config: alphas are the user's."""
-    specs, alphas = view.specs, opening.alphas
-    modules = {
-        name.removeprefix(PREFIX).removesuffix(A): specs[name].shape[0]
-        for name in view.names
-        if name.endswith(A) and specs[name].shape
-    }
-    places = place_weights(base.model, base.layout, (f"{module}.weight" for module in modules))
-    parts = {module: place.part.name for module in modules if (place := places.get(f"{module}.weight"))}
-    scales = {}
-    for module, rank in modules.items():
-        alpha = alphas.get(parts.get(module, ""), alphas.get(""))
-        if alpha is not None and alpha > 0 and rank > 0:
-            scale = Scale(
-                part=parts.get(module, ""), rank=rank, alpha=alpha, rslora=opening.rslora, origin="given"
-            )
-            scales[module] = scale.value
+def _config(
+    ranks: Mapping[str, int], saved: Iterable[str], base: WeightsCheckpoint, opening: Opening
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The config that an adapter was saved without: ranks are in its shapes, alphas are the user's.
+
+    Args:
+        ranks: by module.
+        saved: modules that are replaced whole.
+        base: what tells the part of a module.
+        opening: has the alphas.
+    """
+    alphas, where = opening.alphas, base.source.location
+    places = place_weights(base.model, base.layout, (f"{module}.weight" for module in ranks))
+    parts: dict[str, list[int]] = {}
+    modules = []
+    for module, rank in ranks.items():
+        place = places.get(f"{module}.weight")
+        if place is None:
+            continue  # its weight is refused, as none of the model's
+        parts.setdefault(place.part.name, []).append(rank)
+        alpha = alphas.get(place.part.name, alphas.get(""))
+        template = Template(base.layout.rename(place.rule.weight))
+        modules.append((template, place.at, rank, float(rank if alpha is None else alpha)))
     problems = [
         Problem(
-            f"{view.location}: {part} has LoRA of rank {_ranks(modules, parts, part)}, and no file tells its alpha",
+            f"{where}: {part} has LoRA of rank {'/'.join(map(str, dict.fromkeys(of_part)))}, and no file tells "
+            "its alpha",
             f"add --lora-alpha {part}=ALPHA, as the run was configured, or put its {CONFIG} beside the file",
         )
-        for part in dict.fromkeys(parts.values())
+        for part, of_part in parts.items()
         if part not in alphas and "" not in alphas
     ]
     problems += [
         Problem(
-            f"{view.location}: --lora-alpha names {name}, which has no LoRA in it",
-            f"name one of {', '.join(dict.fromkeys(parts.values()))}",
+            f"{where}: --lora-alpha names {name}, which has no LoRA in it", f"name one of {', '.join(parts)}"
         )
         for name in alphas
-        if name and name not in parts.values()
+        if name and name not in parts
     ]
-    return KnownFactors(modules, {module: scales.get(module, 1.0) for module in modules}), problems
+    problems += alpha_problems(alphas)
+    if not modules:
+        return {"peft_type": "LORA", "target_modules": []}, problems
+    return compose_config(targets_of(modules), "", saved) | {"use_rslora": opening.rslora}, problems
 
 
-def _ranks(modules: Mapping[str, int], parts: Mapping[str, str], part: str) -> str:
-    return "/".join(
-        str(r) for r in dict.fromkeys(modules[module] for module in modules if parts.get(module) == part)
-    )
-
-
-def _config_beside(source: Source) -> Mapping[str, object] | None:
+def _config_beside(source: Source) -> dict[str, Any] | None:
     """The adapter's config beside a whole model, if there is one."""
     path = source.root / CONFIG
     text = path.read_bytes(MAX_CONFIG)

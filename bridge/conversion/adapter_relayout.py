@@ -22,7 +22,17 @@ from bridge.conversion.to_adapter import (
 )
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.graph import Loss
-from bridge.peft.config import PREFIX, A, AdapterConfig, B, Target, compose_config, module_of, read_config
+from bridge.peft.config import (
+    PREFIX,
+    A,
+    AdapterConfig,
+    B,
+    Target,
+    compose_config,
+    module_of,
+    read_config,
+    targets_of,
+)
 from bridge.proof.peft import PEFT
 from bridge.rules.equation import Index
 from bridge.rules.model import Bound
@@ -141,20 +151,14 @@ def _saved_step(request: Request, adapter: AdapterCheckpoint, name: str, target:
 
 
 def _targets(modules: Iterable[_Planned], request: Request) -> Iterator[Target]:
-    """What the config says of the modules, those that differ in one number together."""
-    alike: dict[tuple[str, int, float], list[dict[str, int]]] = {}
+    """What the config says of the modules."""
+    placed = []
     for each in modules:
         place = request.inputs.model.weight_index.find(each.weight)
         assert place is not None
         (_, rule), at = place
-        template = Template(request.layout.rename(rule.weight))
-        # one axis is left open
-        axis = template.numbered[-1:]
-        text = template.format({name: number for name, number in at.items() if name not in axis})
-        alike.setdefault((text, each.rank, each.alpha), []).append({name: at[name] for name in axis})
-    for (text, rank, alpha), places in alike.items():
-        numbers = {axis: [at[axis] for at in places] for axis in places[0]}
-        yield Target(Template(text), rank, alpha, numbers)
+        placed.append((Template(request.layout.rename(rule.weight)), at, each.rank, each.alpha))
+    return targets_of(placed)
 
 
 def _rows(modules: Iterable[_Planned]) -> Iterator[str]:

@@ -82,26 +82,6 @@ class AdapterConfig:
         return next(iter(self.clock.matching(patterns, module)), "")
 
 
-@dataclass(frozen=True)
-class KnownFactors:
-    """What an :class:`AdapterConfig` tells, of an adapter that was saved without one: factors are what they are."""
-
-    ranks: Mapping[str, int]
-    scales: Mapping[str, float]
-
-    def rank(self, module: str) -> int:
-        return self.ranks[module]
-
-    def scale(self, module: str) -> float:
-        return self.scales[module]
-
-    def applies(self, module: str) -> bool:
-        return True
-
-    def saves(self, module: str) -> bool:
-        return True
-
-
 def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | None, list[Problem]]:
     """Read a config; a problem names each field that would make PEFT compute something else."""
     problems: list[Problem] = []
@@ -213,6 +193,19 @@ class Target:
         return (
             r"\d+" if not numbers else f"({'|'.join(map(str, numbers))})" if numbers[1:] else str(numbers[0])
         )
+
+
+def targets_of(modules: Iterable[tuple[Template, Mapping[str, int], int, float]]) -> Iterator[Target]:
+    """Modules, each the template of its weight at an index, its rank and its alpha: alike ones together."""
+    alike: dict[tuple[str, int, float], list[dict[str, int]]] = {}
+    for template, at, rank, alpha in modules:
+        # one axis is left open
+        axis = template.numbered[-1:]
+        text = template.format({name: number for name, number in at.items() if name not in axis})
+        alike.setdefault((text, rank, alpha), []).append({name: at[name] for name in axis})
+    for (text, rank, alpha), places in alike.items():
+        numbers = {axis: [at[axis] for at in places] for axis in places[0]}
+        yield Target(Template(text), rank, alpha, numbers)
 
 
 def compose_config(

@@ -214,6 +214,15 @@ def test_a_whole_model_with_lora_is_joined_as_base_and_adapter_are(
     assert trainers.same(joined, apart)
 
 
+def test_the_adapter_alone(tmp_path: Path, home: Path, plain: Tensors, expected_merge: Tensors) -> None:
+    source = trainers.save(peft_whole(plain), tmp_path / "src")
+    bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=ALPHAS)
+    alone = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert trainers.same(alone, adapter(plain))
+    # the alphas that no file had are in its config now
+    assert trainers.same(merged(tmp_path / "out", tmp_path / "merged", base=home / "base"), expected_merge)
+
+
 def test_the_base_alone(tmp_path: Path, plain: Tensors, expected: Tensors) -> None:
     source = trainers.save(peft_whole(plain), tmp_path / "src")
     assert trainers.same(trainers.leaves(source, tmp_path / "out", item="base"), expected)
