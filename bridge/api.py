@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from bridge.arrays import WEIGHT_DTYPES, Spec, all_finite, box
-from bridge.checkpoint.open import open_checkpoint, open_source
-from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.open import open_checkpoint, open_source, understand
+from bridge.checkpoint.opening import BARE, opening_of
 from bridge.checkpoint.options import OpenOptions, alphas_of
 from bridge.conversion.job import Job
 from bridge.conversion.options import Options
@@ -258,7 +258,14 @@ def load_torch(path: str | Path, **options: Unpack[Options]) -> dict[str, torch.
         >>> state["action_in_proj.weight"].shape, state["action_in_proj.weight"].dtype  # width, action
         (torch.Size([48, 14]), torch.bfloat16)
     """
-    source = open_source(Location.parse(path))
+    read = read_options(options)
+    opening = opening_of(read, alphas_of(read), read["rslora"])
+    source = open_source(Location.parse(path), opening=opening)
+    if format_named(source.format).form is Form.STATE_DICT and opening != BARE:
+        # names as the model has them, without what is left out
+        checkpoint = understand(source, opening)
+        refuse_if(checkpoint.problems, CheckpointRefused)
+        source = checkpoint.source
     if format_named(source.format).form is Form.STATE_DICT:
         _no_options(source, options)
         state = {name: tensor(source.read(name)) for name in source.specs}

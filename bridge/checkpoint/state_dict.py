@@ -49,12 +49,10 @@ def understand_state_dict(source: Source, opening: Opening = BARE) -> Checkpoint
     whole = take_apart(source)
     if whole is None:
         _refuse_lost_adapter(source)
-        plain, _ = _plain(source)
-        plain, more = _left_out(plain, opening)
-        return replace(understand_weights(plain, opening), left_out=left_out | more)
-    base_source, prefix = _plain(View.of(source, whole.weights))
-    base_source, more = _left_out(base_source, opening)
-    base = replace(understand_weights(base_source, opening), left_out=left_out | more)
+        weights, _ = _weights(source, opening)
+        return replace(weights, left_out=left_out | weights.left_out)
+    base, prefix = _weights(View.of(source, whole.weights), opening)
+    base = replace(base, left_out=left_out | base.left_out)
     if opening.item == BASE:
         return replace(base, source=_noted(base.source, f"the base of {_counted(whole)}, as --item says"))
     if opening.item not in (None, ADAPTER):
@@ -73,17 +71,18 @@ def understand_peft(source: Source, opening: Opening = BARE) -> AdapterCheckpoin
     return replace(understand_adapter(source), left_out=left_out)
 
 
-def _plain(source: Source) -> tuple[Source, str]:
-    """A source without the prefix that all its names share, where a model fits it better then, and the prefix."""
-    fits = fit_weights(source.specs)
-    if fits and not fits[0].errors:
-        return source, ""
-    best, chosen = _errors(fits), ""
-    for prefix in common_prefixes(source.specs):
-        errors = _errors(fit_weights(name.removeprefix(prefix) for name in source.specs))
-        if errors < best:
-            best, chosen = errors, prefix
-    return (without_prefix(source, chosen), chosen) if chosen else (source, "")
+def _weights(source: Source, opening: Opening) -> tuple[WeightsCheckpoint, str]:
+    """Weights without the prefix that all their names share, where a model fits them better then, and the prefix."""
+    fits, chosen = fit_weights(source.specs), ""
+    if _errors(fits):
+        for prefix in common_prefixes(source.specs):
+            other = fit_weights(name.removeprefix(prefix) for name in source.specs)
+            if _errors(other) < _errors(fits):
+                fits, chosen = other, prefix
+    plain = without_prefix(source, chosen) if chosen else source
+    kept, left_out = _left_out(plain, opening)
+    weights = understand_weights(kept, opening, None if left_out.arrays else fits)
+    return replace(weights, left_out=left_out), chosen
 
 
 def _errors(fits: list[Fit]) -> float:

@@ -32,13 +32,20 @@ from bridge.errors import Problem
 from bridge.formats.contract import Source
 
 
-def understand_weights(source: Source, opening: Opening = BARE) -> WeightsCheckpoint:
+def understand_weights(
+    source: Source, opening: Opening = BARE, fits: list[Fit] | None = None
+) -> WeightsCheckpoint:
     """Work out which model a state_dict is of, whose names are those of a model alone.
+
+    Args:
+        source: the state_dict.
+        opening: what its path does not tell.
+        fits: the models that its names fit, where that is known.
 
     Raises:
         CheckpointRefused: no family's model fits even half of its weights.
     """
-    fits = fit_weights(source.specs)
+    fits = fit_weights(source.specs) if fits is None else fits
     if not fits:
         raise unknown(source, source.specs)
     # models whose PyTorch names are the same differ in shapes; that of fewer leaves is the special case

@@ -312,6 +312,15 @@ def test_an_extra_leaf_of_a_tree(tmp_path: Path) -> None:
         bridge.plan(source, None, to="torch-merged", leave_out=["*lora_a*", "value_head/*"])
 
 
+def test_the_library_leaves_out_and_takes_apart_as_well(tmp_path: Path, plain: Tensors) -> None:
+    source = trainers.save(plain | HEAD, tmp_path / "src")
+    state = bridge.load_torch(source, leave_out=["value_head.*"])
+    assert plain.keys() <= state.keys() and not state.keys() & HEAD.keys()
+    whole = trainers.save(peft_whole(plain), tmp_path / "whole")
+    base = bridge.load_torch(whole, item="base")
+    assert trainers.same({name: base[name].numpy() for name in plain}, plain)
+
+
 def test_a_head_beside_a_wrapped_model(tmp_path: Path, plain: Tensors, expected: Tensors) -> None:
     source = trainers.save(trainers.renamed(plain, prefixed("policy.")) | HEAD, tmp_path / "src")
     assert trainers.same(trainers.leaves(source, tmp_path / "out", leave_out="value_head.*"), expected)
