@@ -6,7 +6,7 @@ rank; any other must be given, because a wrong guess changes the model and nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bridge.checkpoint.checkpoint import Checkpoint
@@ -14,7 +14,7 @@ from bridge.checkpoint.options import SourceOptions
 from bridge.errors import Problem
 from bridge.formats.disk.location import Location
 from bridge.lora.factors import Scale
-from bridge.publish.record import read_record
+from bridge.publish.record import RECORD, read_record
 from bridge.rules.option import declared
 
 
@@ -40,6 +40,7 @@ def scales(
         if rule.lora is not None and rule.lora.scaled
     }
     location = checkpoint.source.location
+    recorded = recorded_scales(checkpoint.source.root)
     known: dict[str, Scale] = {}
     problems: list[Problem] = []
     problems += alpha_problems(given)
@@ -66,6 +67,10 @@ def scales(
         rank = ranks[part.name]
         alpha = given.get(part.name, given.get(""))
         origin = "given"
+        uses_root, had = rslora, recorded.get(part.name, {})
+        if alpha is None and had.get("rank") == rank:
+            alpha, origin = float(had["alpha"]), f"from {RECORD}"
+            uses_root = rslora or bool(had.get("rslora"))
         if alpha is None:
             alpha, origin = part.stock_alpha.get(rank), f"stock for rank {rank}"
         if alpha is None:
@@ -78,7 +83,7 @@ def scales(
                 )
             )
         elif rank > 0:
-            known[part.name] = Scale(part=part.name, rank=rank, alpha=alpha, rslora=rslora, origin=origin)
+            known[part.name] = Scale(part=part.name, rank=rank, alpha=alpha, rslora=uses_root, origin=origin)
     return known, problems
 
 
@@ -87,10 +92,16 @@ def alpha_problems(given: Mapping[str, float]) -> list[Problem]:
     return declared(SourceOptions)["lora_alpha"].problems("lora_alpha", given)
 
 
-def recorded_scales(root: Location) -> dict[str, dict[str, Any]]:
-    """The scales that bridge recorded beside a checkpoint, by part; empty where there are none."""
-    scales = read_record(root).get("scales", {})
+def recorded_scales(root: Location, *, of_source: bool = False) -> dict[str, dict[str, Any]]:
+    """The scales that bridge recorded beside a checkpoint, by part; empty where there are none.
+
+    Args:
+        root: the checkpoint.
+        of_source: those of what it was made from, where they are others.
+    """
+    record = read_record(root)
     try:
+        scales = record["sources"]["source"]["scales"] if of_source else record.get("scales", {})
         return {
             name: scale
             for name, scale in scales.items()
@@ -101,13 +112,16 @@ def recorded_scales(root: Location) -> dict[str, dict[str, Any]]:
 
 
 def alphas_for(
-    roots: Iterable[Location], given: Mapping[str, float] | None, rslora: bool
+    own: Location, other: Location, given: Mapping[str, float], rslora: bool
 ) -> tuple[dict[str, float], bool]:
-    """Alphas as given, else as the first ``bridge.json`` beside one of the paths records them."""
+    """Alphas of one of two checkpoints: as given, else as its ``bridge.json`` records them, else the other's.
+
+    Where ranks were changed on the way from one to the other, what is given speaks of the one before.
+    """
+    mine = recorded_scales(own)
     if given:
-        return dict(given), rslora
-    for root in roots:
-        if scales := recorded_scales(root):
-            alphas = {name: float(scale["alpha"]) for name, scale in scales.items()}
-            return alphas, rslora or any(bool(scale.get("rslora")) for scale in scales.values())
-    return {}, rslora
+        before = recorded_scales(own, of_source=True)
+        mine = {name: scale for name, scale in mine.items() if name in before and scale != before[name]}
+    scales = mine or ({} if given else recorded_scales(other, of_source=True) or recorded_scales(other))
+    alphas = {name: float(scale["alpha"]) for name, scale in scales.items()}
+    return {**given, **alphas}, rslora or any(bool(scale.get("rslora")) for scale in scales.values())

@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from bridge.checkpoint.leave_out import unmatched
-from bridge.checkpoint.opening import opening_of
-from bridge.checkpoint.options import SourceOptions, alphas_of
-from bridge.checkpoint.scales import alphas_for
+from bridge.checkpoint.options import SourceOptions
 from bridge.compare.gaps import gap, values
-from bridge.compare.sides import WeightPair, open_side, same_model, walk
-from bridge.errors import Refusal, refuse_if
-from bridge.formats.disk.location import Location
+from bridge.compare.sides import WeightPair, open_sides, same_model, walk
 from bridge.lora.algebra import effective_rank
 from bridge.rules.option import complete
 from bridge.stream.workers import Progress
@@ -127,13 +122,7 @@ def diff(
         'b'
     """
     options = complete(SourceOptions, options)
-    alphas, root = alphas_for(map(Location.parse, (b, a)), alphas_of(options), options["rslora"])
-    base, opening = options["base"], opening_of(options, alphas_of(options), options["rslora"])
-    sides = (
-        open_side(a, base, alphas, root, opening=opening),
-        open_side(b, base, alphas, root, opening=replace(opening, item=None)),
-    )
-    refuse_if(unmatched(opening, (each.left_out for side in sides for each in side.checkpoints)), Refusal)
+    sides = open_sides(a, b, options)
     model = same_model(*sides)
     merged: dict[str, Difference] = {}
     for each in walk(*sides, _difference, workers=options["workers"], progress=progress).results:

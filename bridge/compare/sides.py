@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -19,10 +19,13 @@ import numpy as np
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
 from bridge.checkpoint.inputs import Inputs, shape_problems
+from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import adapter_of, open_base, open_checkpoint
-from bridge.checkpoint.opening import BARE, Opening
-from bridge.checkpoint.scales import scales
-from bridge.errors import CheckpointRefused, Problem, RouteRefused, refuse_if
+from bridge.checkpoint.opening import BARE, Opening, opening_of
+from bridge.checkpoint.options import SourceOptions, alphas_of
+from bridge.checkpoint.scales import alphas_for, scales
+from bridge.errors import CheckpointRefused, Problem, Refusal, RouteRefused, refuse_if
+from bridge.formats.disk.location import Location
 from bridge.lora.factors import LowRank, Matrices, Scale
 from bridge.rules.equation import Index
 from bridge.rules.model import Bound, Model, Part
@@ -143,6 +146,23 @@ def open_side(
     known, problems = scales(checkpoint, lora_alpha, rslora)
     refuse_if(problems, CheckpointRefused)
     return Side(Inputs(checkpoint), known)
+
+
+def open_sides(a: str | Path, b: str | Path, options: SourceOptions) -> tuple[Side, Side]:
+    """Open two checkpoints that are compared, each with its own alphas. An item that is chosen is of the first.
+
+    Raises:
+        Refusal: with every problem of the first that has some.
+    """
+    base, given, rslora = options["base"], alphas_of(options), options["rslora"]
+    opening = opening_of(options, given, rslora)
+    roots = Location.parse(a), Location.parse(b)
+    sides = (
+        open_side(a, base, *alphas_for(*roots, given, rslora), opening=opening),
+        open_side(b, base, *alphas_for(*roots[::-1], given, rslora), opening=replace(opening, item=None)),
+    )
+    refuse_if(unmatched(opening, (each.left_out for side in sides for each in side.checkpoints)), Refusal)
+    return sides
 
 
 def same_model(a: Side, b: Side) -> Model:

@@ -21,6 +21,7 @@ from bridge.conversion.request import Built, Request
 from bridge.conversion.to_adapter import build_adapter
 from bridge.conversion.to_pytree import build_pytree
 from bridge.conversion.to_state_dict import build_state_dict
+from bridge.conversion.tree_relayout import build_relaid_tree, relaid_scales
 from bridge.errors import Problem
 from bridge.formats.contract import format_named, states
 from bridge.graph import Converter, Form, Loss, State
@@ -97,6 +98,10 @@ ROWS = (
     Edge(
         name="relayout", source=_PYTREE, target=_PYTREE, loss=Loss.EXACT, alone=True,
         summary="other suffix or dtype", build=build_pytree,
+    ),
+    Edge(
+        name="relayout", source=_FACTORED, target=_FACTORED, loss=Loss.EXACT, alone=True,
+        summary="other suffix, dtype or rank", build=build_relaid_tree, scaling=relaid_scales,
     ),
     Edge(
         name="relayout", source=_ADAPTER, target=_ADAPTER, loss=Loss.EXACT, alone=True,

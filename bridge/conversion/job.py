@@ -38,6 +38,8 @@ class Job:
     outputs: tuple[Output, ...]
     """The directories it makes, the destination itself first."""
     notes: tuple[str, ...]
+    read_scales: Mapping[str, Scale] = field(default_factory=dict)
+    """Those of the source's own factors, where they are not what is written."""
     options: Options
     prover: Prover | None = None
     """What the destination must pass before it is published."""

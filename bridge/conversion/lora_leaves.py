@@ -166,7 +166,7 @@ def fit_notes(inputs: Inputs, output: Output) -> list[str]:
         for group in writer.groups():
             if sum(ranks[index] for index in group) <= writer.rank:
                 continue
-            changes = {i: change.matrices() for i in group if (change := change_at(i)) is not None}
+            changes = {i: change for i in group if (change := change_at(i)) is not None}
             modules = [
                 step.factors.labels(step.rule, index)[0][0].removesuffix(".lora_A.weight")
                 for index in changes
@@ -175,7 +175,8 @@ def fit_notes(inputs: Inputs, output: Output) -> list[str]:
             if why is not None and not writer.lossy:
                 misfits.setdefault(why, []).extend(modules)
             elif why is not None:
-                errors |= dict.fromkeys(modules, writer.fitted(changes)[1])
+                error = writer.fitted(changes)[1]
+                errors |= {module: max(error, errors.get(module, 0.0)) for module in modules}
     where = inputs.source.source.location
     refuse_if(
         (

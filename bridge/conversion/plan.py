@@ -197,6 +197,7 @@ def plan(
             *notes,
         ),
         options=options,
+        read_scales=built.read_scales,
         prover=built.prover,
         overwrite=options["overwrite"],
         workers=options["workers"],

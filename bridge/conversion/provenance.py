@@ -41,6 +41,7 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
                 "state": str(checkpoint.state),
                 "value_suffix": checkpoint.suffixed,
                 **_left_out(checkpoint),
+                "scales": {name: each.as_json() for name, each in job.read_scales.items() if key == "source"},
                 "fingerprint": combined({name: sum for (which, name), sum in read.items() if which == key}),
                 "arrays": {
                     name: {"dtype": checkpoint.source.specs[name].dtype.name, "checksum": read[which, name]}

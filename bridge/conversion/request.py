@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,5 +95,7 @@ class Built:
     notes: tuple[str, ...] = ()
     loss: Loss = Loss.EXACT
     """What it costs beyond what its edges do."""
+    read_scales: Mapping[str, Scale] = field(default_factory=dict)
+    """By part, what the source's LoRA products are multiplied by, where what is written has other ranks."""
     prover: Prover | None = None
     """What the destination must pass before it is published."""

@@ -21,16 +21,12 @@ def build_pytree(request: Request) -> Built:
     inputs = request.inputs
     steps: list[Step] = []
     for bound in inputs.bound():
-        weights, _ = inputs.weights_reader(bound, flat=False)
         factors = inputs.factor_reader(bound, request.scales.get(bound.part.name))
-        stored = widest(inputs.spec(read).dtype for read in weights.reads)
-        spec = Spec(bound.leaf_shape, request.weight_dtype(bound.rule, stored))
-        writer = LeafWriter(_stored_name(request, bound.rule.leaf), spec)
-        folded = factors if request.fold else None
-        steps.append(request.step(bound, weights, folded, writer, Spec(spec.shape, stored)))
+        steps.append(weight_step(request, bound, factors if request.fold else None))
         if not request.fold and bound.rule.lora is not None and bound.part.name in request.ranks:
             # modules that the adapter lacks are zeros
-            steps.append(_factor_step(request, bound, factors or ModuleFactors({})))
+            rank = request.ranks[bound.part.name]
+            steps.append(factor_step(request, bound, factors or ModuleFactors({}), rank))
     output = Output(
         state=request.target,
         layout=inputs.model.written[0],
@@ -42,22 +38,33 @@ def build_pytree(request: Request) -> Built:
     return Built(outputs=(output,), notes=tuple(notes), loss=Loss.ROUNDED if notes else Loss.EXACT)
 
 
-def _factor_step(request: Request, bound: Bound, factors: FactorReader) -> Step:
+def weight_step(request: Request, bound: Bound, folded: FactorReader | None) -> Step:
+    """The step that writes a leaf, with factors summed into it where there are some."""
+    inputs = request.inputs
+    weights, _ = inputs.weights_reader(bound, flat=False)
+    stored = widest(inputs.spec(read).dtype for read in weights.reads)
+    spec = Spec(bound.leaf_shape, request.weight_dtype(bound.rule, stored))
+    writer = LeafWriter(stored_name(request, bound.rule.leaf), spec)
+    return request.step(bound, weights, folded, writer, Spec(spec.shape, stored))
+
+
+def factor_step(request: Request, bound: Bound, factors: FactorReader, rank: int) -> Step:
+    """The step that writes both factors of a leaf, at a rank."""
     rule, inputs = bound.rule, request.inputs
     assert rule.lora is not None and rule.factor_leaves is not None
     axes = rule.factor_axes
-    shape_a, shape_b = axes.shapes(bound.sizes, request.ranks[bound.part.name])
+    shape_a, shape_b = axes.shapes(bound.sizes, rank)
     # an adapter's own dtype is kept unless another is asked for
     stored = widest(inputs.spec(read).dtype for read in factors.reads)
     written = request.factor_dtype(stored)
-    a, b = (_stored_name(request, leaf) for leaf in rule.factor_leaves)
+    a, b = (stored_name(request, leaf) for leaf in rule.factor_leaves)
     writer = FactorWriter(
         a=a,
         b=b,
         spec_a=Spec(shape_a, written),
         spec_b=Spec(shape_b, written),
         axes=axes,
-        sizes={**bound.sizes, RANK: request.ranks[bound.part.name]},
+        sizes={**bound.sizes, RANK: rank},
         runtime=request.scales[bound.part.name].value if rule.lora.scaled else 1.0,
         family=inputs.weights.family.runtime,
         lossy=request.options["lossy"],
@@ -65,6 +72,6 @@ def _factor_step(request: Request, bound: Bound, factors: FactorReader) -> Step:
     return request.step(bound, None, factors, writer, Spec(bound.leaf_shape, stored))
 
 
-def _stored_name(request: Request, leaf: str) -> str:
+def stored_name(request: Request, leaf: str) -> str:
     tree: Tree = request.inputs.weights.family.tree
     return tree.root + leaf + (tree.suffix if request.options["value_suffix"] else "")

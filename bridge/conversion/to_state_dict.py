@@ -10,6 +10,7 @@ from bridge.arrays import Spec
 from bridge.conversion.request import Built, Request
 from bridge.rules.equation import Index
 from bridge.rules.model import Bound, Layout, Model, Unused
+from bridge.rules.rule import Rule
 from bridge.stream.output import Output, collect
 from bridge.stream.readers import TensorWeights
 from bridge.stream.step import Step
@@ -83,7 +84,8 @@ def _copied(request: Request) -> list[tuple[Unused, Step]]:
         stored = inputs.spec(read)
         # of a part for the plan's text alone
         part = next(each for each in inputs.model.parts if unused.axes[-1].startswith(f"{each.name}."))
-        bound = Bound(part, unused.rule, dict(zip(unused.rule.equation.left, stored.shape, strict=True)))
+        rule = Rule.copying(unused.weight, len(stored.shape))
+        bound = Bound(part, rule, dict(zip(rule.equation.left, stored.shape, strict=True)))
         spec = Spec(stored.shape, request.weight_dtype(bound.rule, stored.dtype))
         writer = TensorWriter({(): (request.layout.rename(unused.weight),)}, spec, checked=False)
         weights = TensorWeights({(): read}, bound.sizes)

@@ -18,13 +18,10 @@ from typing import Any, Unpack
 
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.assets import read_assets
-from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import open_source
-from bridge.checkpoint.opening import opening_of
 from bridge.checkpoint.options import alphas_of
-from bridge.checkpoint.scales import alphas_for
-from bridge.compare.sides import Side, open_side, same_model, walk
-from bridge.errors import Problem, Refusal, refuse_if
+from bridge.compare.sides import Side, open_sides, same_model, walk
+from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
 from bridge.proof.checks import EPSILON, Check, Checker
 from bridge.proof.full_model import compare_outputs, runnable
@@ -126,11 +123,7 @@ def verify(
     if dst is None:
         return _verify_record(src)
     base, reference, given = options["base"], options["reference"], alphas_of(options)
-    alphas, root = alphas_for(map(Location.parse, (dst, src)), given, options["rslora"])
-    opening = opening_of(options, given, options["rslora"])
-    a = open_side(src, base, alphas, root, opening=opening)
-    b = open_side(dst, base, alphas, root, opening=replace(opening, item=None))
-    refuse_if(unmatched(opening, (each.left_out for side in (a, b) for each in side.checkpoints)), Refusal)
+    a, b = open_sides(src, dst, options)
     model = same_model(a, b)
     full_model = None if reference is None else runnable(dst, b)
     checker = Checker(a, b, options["rtol"], options["seed"])

@@ -56,12 +56,6 @@ class Unused:
     """Qualified axes of its shape."""
     reason: str
 
-    @cached_property
-    def rule(self) -> Rule:
-        """How it is copied where a checkpoint has it. It has no leaf."""
-        axes = " ".join(axis.replace(".", "_") for axis in self.axes)
-        return Rule(self.weight, self.weight, f"{axes} -> {axes}")
-
 
 @dataclass(frozen=True)
 class Multiple:

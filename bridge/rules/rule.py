@@ -61,6 +61,16 @@ class Rule:
                 raise ValueError(f"rule for {self.leaf}: {self.lora.rank!r} is an axis of the leaf itself")
             self.lora.of(self.equation)
 
+    @classmethod
+    def copying(cls, name: str, axes: int) -> Rule:
+        """For an array that stays as it is, whatever its axes stand for.
+
+        >>> Rule.copying("layers/q/lora_a", 3).axes
+        'axis_0 axis_1 axis_2 -> axis_0 axis_1 axis_2'
+        """
+        named = " ".join(f"axis_{number}" for number in range(axes))
+        return cls(name, name, f"{named} -> {named}")
+
     def check_runtime(self) -> None:
         """Whether the einsum can be run for the weights of this leaf.
 

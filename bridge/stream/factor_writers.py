@@ -131,6 +131,9 @@ class FactorWriter:
         of no larger rank; else the best approximation.
         """
         axes = self.axes.of_weight
+        own = self._as_stored(changes)
+        if own is not None:
+            return own, 0.0
         wide = {index: change.matrices(_wide(change)) for index, change in changes.items()}
         if len(wide) > 1:
             # scales are folded in first: a common factor must weigh each weight by its own
@@ -143,13 +146,44 @@ class FactorWriter:
                 made = {i: (common, b) for i, b in zip(wide, np.split(tall, rows), strict=True)}
             return {i: self._padded(*join(axes, a, b, self.sizes)) for i, (a, b) in made.items()}, error
         ((index, matrices),) = wide.items()
-        a, b, error = self._fit(axes, matrices)
+        a, b, error = self._fit(axes, matrices, changes[index])
         fold = matrices.scale / self.runtime
         if fold != 1:
             b = _scaled(b, fold)
         return {index: self._padded(a, b)}, error
 
-    def _fit(self, axes: FactorAxes, matrices: Matrices) -> tuple[np.ndarray, np.ndarray, float]:
+    def _as_stored(
+        self, changes: Mapping[Index, LowRank]
+    ) -> dict[Index, tuple[np.ndarray, np.ndarray]] | None:
+        """Factors that lie in the leaf's form already, at its rank: None where they need a larger one.
+
+        Components that are zero in either factor of all these weights count for nothing.
+        """
+        axes = self.axes.of_weight
+        if any(change.axes != axes for change in changes.values()):
+            return None
+        at_a, at_b = axes.a.index(RANK), axes.b.index(RANK)
+        live = np.logical_or.reduce(
+            [_filled(change.a, at_a) & _filled(change.b, at_b) for change in changes.values()]
+        )
+        if live.size <= self.rank:
+            live[:] = True
+        elif np.count_nonzero(live) > self.rank:
+            return None
+        fitted = {}
+        for index, change in changes.items():
+            a, b = change.a.compress(live, at_a), change.b.compress(live, at_b)
+            if change.scale != self.runtime:
+                b = _scaled(b.astype(_wide(change), copy=False), change.scale / self.runtime)
+            fitted[index] = self._padded(a, b)
+        return fitted
+
+    def _fit(
+        self, axes: FactorAxes, matrices: Matrices, change: LowRank
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        if change.axes == axes:
+            wide = _wide(change)
+            return reduce(axes, change.a.astype(wide), change.b.astype(wide), self.rank)
         blocks = blocks_of(axes, matrices.a, matrices.b, self.sizes)
         if blocks is not None and blocks[2] == 0 and blocks[0].shape[axes.a.index(RANK)] <= self.rank:
             return blocks[0], blocks[1], 0.0
@@ -162,15 +196,21 @@ class FactorWriter:
         axes = self.axes.of_weight
         return pad(a, self.rank, axis=axes.a.index(RANK)), pad(b, self.rank, axis=axes.b.index(RANK))
 
-    def misfit(self, changes: Mapping[Index, Matrices]) -> str | None:
-        """Why the matrices of weights that share a first factor do not fit the rank without loss, or None."""
+    def misfit(self, changes: Mapping[Index, LowRank]) -> str | None:
+        """Why the factors of weights that share a first one do not fit the rank without loss, or None."""
         axes = self.axes.of_weight
+        if self._as_stored(changes) is not None:
+            return None
+        first = next(iter(changes.values()))
+        if first.axes == axes:
+            return f"has rank {first.a.shape[axes.a.index(RANK)]}; {self.family}'s is {self.rank}"
         if len(changes) > 1:
-            total = len(stack([(m.a, m.b) for m in changes.values()])[0])
+            made = [change.matrices() for change in changes.values()]
+            total = len(stack([(m.a, m.b) for m in made])[0])
             if total <= self.rank:
                 return None
             return f"needs rank {total} together with what shares its first factor; {self.family}'s is {self.rank}"
-        (matrices,) = changes.values()
+        matrices = first.matrices()
         rank = matrices.a.shape[0]
         if rank <= self.rank:
             return None
@@ -203,6 +243,12 @@ class FactorWriter:
         for name, leaf in ((self.a, leaf_a), (self.b, leaf_b)):
             work.sink.write(name, leaf)
             yield name, leaf
+
+
+def _filled(factor: np.ndarray, axis: int) -> np.ndarray:
+    """Where along an axis anything is not zero."""
+    filled: np.ndarray = (factor != 0).any(axis=tuple(n for n in range(factor.ndim) if n != axis))
+    return filled
 
 
 def _wide(change: LowRank) -> np.dtype:

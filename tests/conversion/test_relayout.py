@@ -172,7 +172,7 @@ def test_a_tree_keeps_every_leaf(suffix: bool, tree: Tree, tmp_path: Path) -> No
 
 
 def test_every_state_is_one_hop_from_itself() -> None:
-    for state in (each for each in states() if each.contents != "base+lora"):
+    for state in states():
         for target in {each.name for each in states() if each.form is state.form}:
             (edge,) = route(converters(), state, target, contents=state.contents)
             assert (edge.name, edge.loss.name) == ("relayout", "EXACT"), (state, target)
@@ -187,6 +187,7 @@ def test_it_is_no_part_of_another_route() -> None:
         route(converters(), tree, "torch-base")
 
 
-def test_factors_are_folded_in_one_hop() -> None:
+def test_factors_are_folded_in_one_hop_and_never_by_default() -> None:
     lora = next(state for state in states() if state.contents == "base+lora")
     assert [edge.name for edge in route(converters(), lora, "orbax", contents="base")] == ["fold"]
+    assert [str(edge.target) for edge in route(converters(), lora, "orbax")] == ["orbax[base+lora]"]
