@@ -84,7 +84,7 @@ class Converter:
     last: bool = False
     """Whether it is only taken to a target asked for by name, never on the way to another."""
     alone: bool = False
-    """Whether it is only taken as a whole route: what it does, every other edge does on its way."""
+    """Whether it is only taken as a whole route: on the way to or from elsewhere, another edge does what it does."""
     needs: frozenset[str] = frozenset()
     """Inputs beside the source: ``"base"``."""
 

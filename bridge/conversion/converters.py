@@ -76,7 +76,8 @@ ROWS = (
         summary="LoRA left out: the base of an adapter", build=build_state_dict,
     ),
     Edge(
-        name="fold", source=_FACTORED, target=_PYTREE, loss=Loss.LOSSY, fold=True,
+        # alone: an adapter is not joined to be folded, it is merged
+        name="fold", source=_FACTORED, target=_PYTREE, loss=Loss.LOSSY, fold=True, alone=True,
         summary="LoRA merged, factors discarded", build=build_pytree, scaling=own_scales,
     ),
     Edge(

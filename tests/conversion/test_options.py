@@ -33,6 +33,7 @@ from bridge.cli.options import options as click_options
 from bridge.conversion.converters import converters
 from bridge.conversion.settings import family_options, read_options
 from bridge.errors import PluginRefused
+from bridge.graph import Form
 from bridge.rules.family import families
 from bridge.rules.option import Choice, Flag, declared, flag
 from tests.kit import checkpoints
@@ -135,7 +136,9 @@ def test_an_option_without_effect_is_refused(keyword: str, sources: dict[str, Pa
         if ALL[keyword].fits(edge.source, edge.target) or (keyword == "fold" and edge.name == "join"):
             continue
         given = {keyword: VALUES[keyword] if keyword != "base" else sources["orbax[base]"]}
-        needed = {"base": sources["orbax[base]"]} if edge.needs else {}
+        needed: dict[str, Any] = {"base": sources["orbax[base]"]} if edge.needs else {}
+        if edge.name == "fold" and edge.target.form is Form.PYTREE:
+            needed["fold"] = True
         with pytest.raises(bridge.Refusal, match=f"{flag(keyword)} has no effect") as refused:
             bridge.plan(sources[str(edge.source)], tmp_path / "out", to=edge.target.name, **needed, **given)
         problem = next(each for each in refused.value.problems if "no effect" in each.cause)

@@ -182,6 +182,8 @@ def test_it_is_no_part_of_another_route() -> None:
     """Merging, and calling the result a base, would be a way to `torch-base` that keeps the adapter."""
     adapter = next(state for state in states() if state.contents == "lora")
     assert [edge.name for edge in route(converters(), adapter, "torch-base", {"base"})] == ["join", "strip"]
+    folded = route(converters(), adapter, "orbax", {"base"}, contents="base")
+    assert [edge.name for edge in folded] == ["merge", "import"]
     tree = next(state for state in states() if (state.name, state.contents) == ("orbax", "base"))
     with pytest.raises(Refusal, match="no route"):
         route(converters(), tree, "torch-base")
