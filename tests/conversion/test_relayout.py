@@ -139,6 +139,34 @@ def test_the_embedding_that_is_used_becomes_the_leaf(untied: tuple[State, Path],
     assert np.array_equal(found, state[f"model.{EMBED_TOKENS}"].numpy())
 
 
+#: what `lerobot-train` saved after three steps: `embed_tokens` moved by 6.0e-3, `lm_head` by nothing
+FULL = golden.DATA / "lerobot" / "full_pi0" / "checkpoints" / "000003" / "pretrained_model"
+
+
+@pytest.mark.parametrize("layout", ["orbax", *LAYOUTS])
+def test_a_fine_tune_of_lerobot(layout: str, tmp_path: Path) -> None:
+    """Its head counts are not stock, and only a pytree needs them."""
+    state = golden.read(FULL)
+    embedding, head = state[f"model.{EMBED_TOKENS}"], state[f"model.{LM_HEAD}"]
+    assert float((embedding - head).abs().max()) == pytest.approx(6.0e-3, rel=1e-2)
+    if layout == "orbax":
+        bridge.convert(FULL, tmp_path / "out", to="orbax", size={"paligemma.head": 8, "siglip.head": 4})
+        leaf = checkpoints.restore(tmp_path / "out")[EMBEDDING]
+        assert np.array_equal(leaf, embedding.numpy())
+        return
+    bridge.convert(FULL, tmp_path / "out", to="torch-merged", layout=layout)
+    ours = {name.removeprefix("model."): weight for name, weight in state.items()}
+    used = {name: weight for name, weight in ours.items() if name != EMBED_TOKENS}
+    assert not golden.differing(named({**used, LM_HEAD: embedding}, layout), golden.read(tmp_path / "out"))
+
+
+def test_what_a_fine_tune_trained_is_seen(tmp_path: Path) -> None:
+    base = golden.DATA / "lerobot" / "base_pi0"
+    changed = {each.name: each for each in bridge.diff(base, FULL).changed}
+    before, after = (golden.read(path)[f"model.{EMBED_TOKENS}"] for path in (base, FULL))
+    assert changed[LM_HEAD].max_abs == float((after - before).abs().max()) > 0
+
+
 def test_two_that_are_equal_are_not_said_to_differ(mixed: State, tmp_path: Path) -> None:
     source = write(named(mixed, "lerobot"), tmp_path / "source", assets=False)
     (note,) = [n for n in bridge.plan(source, None, to="torch-merged").notes if "is taken" in n]

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bridge.conversion.converters import converters
+from bridge.graph import mermaid
 from tests.kit.checkpoints import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +133,9 @@ def test_readme_names_only_commands_and_flags_that_exist() -> None:
             assert flag in known, f"the README shows `bridge {name} {flag}`, which is no option"
     shown = set(re.findall(r"\bbridge ([a-z]+)\b", "\n".join(re.findall(r"`(bridge [^`]*)`", readme))))
     assert shown <= set(cli.commands), f"no such command: {shown - set(cli.commands)}"
+
+
+def test_the_readme_has_the_graph_that_there_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    graph = readme.partition("```mermaid\n")[2].partition("```")[0]
+    assert graph.strip() == mermaid(converters()).strip()
