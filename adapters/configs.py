@@ -96,6 +96,12 @@ def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
+def known_model(config: Mapping[str, Any]) -> str | None:
+    """The model that LeRobot's ``config.json`` (``type``) or transformers' (``model_type``) names."""
+    named = config.get("type", config.get("model_type"))
+    return named if isinstance(named, str) and named in lerobot.MODES else None
+
+
 def companions(facts: Facts) -> Companions:
     """Everything beside the tensors that the layout's loader reads."""
     if facts.contents == "lora" and facts.layout.name != "lerobot":

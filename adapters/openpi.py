@@ -24,7 +24,7 @@ from bridge import (
 )
 
 from . import lerobot
-from .configs import DEFAULT_HORIZON, companions, known_sizes
+from .configs import DEFAULT_HORIZON, companions, known_model, known_sizes
 from .gemma import expert
 from .pi0_actions import IN_TRANSFORMERS
 from .siglip import tower
@@ -212,6 +212,7 @@ FAMILY = Family(
     unscaled="feed-forward",
     companions=companions,
     known_sizes=known_sizes,
+    known_model=known_model,
     size_hint="put the config.json of the model beside them (num_attention_heads, head_dim)",
     # assets/<asset_id>/norm_stats.json (openpi, training/checkpoints.py, load_norm_stats)
     assets=AssetDirectory(

@@ -103,6 +103,12 @@ def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return configs.known_sizes({"vlm_config": config})
 
 
+def known_model(config: Mapping[str, Any]) -> str | None:
+    """``pi0_fast`` where LeRobot's ``config.json`` says so, or it is that of transformers' PaliGemma."""
+    named = config.get("type", config.get("model_type"))
+    return "pi0_fast" if named in ("pi0_fast", "paligemma") else None
+
+
 def companions(facts: Facts) -> Companions:
     """``config.json``, where the checkpoint records all that is in it."""
     if facts.layout.name == "lerobot":
@@ -218,6 +224,7 @@ FAMILY = Family(
     unscaled=OPENPI.unscaled,
     companions=companions,
     known_sizes=known_sizes,
+    known_model=known_model,
     size_hint="put the config.json of the PaliGemma beside them (num_attention_heads, head_dim)",
     assets=OPENPI.assets,
     full_models=(IN_TRANSFORMERS,),

@@ -68,6 +68,8 @@ def _print(comparison: Comparison, *, changed_only: bool) -> None:
     say(
         f"model        {comparison.model}: {len(comparison.changed)} of {len(comparison.differences)} weights differ"
     )
+    for note in comparison.notes:
+        say(f"note         {note}")
     narrowed = [d for d in comparison.changed if d.dtype_a != d.dtype_b]
     if narrowed:
         say(f"             {len(narrowed)} of these are of another dtype, which alone may be why")

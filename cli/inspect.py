@@ -54,6 +54,8 @@ def _print(description: Description) -> None:
     say("")
     table(rows)
     say("")
+    if description.base:
+        say(f"  base        {description.base}")
     say(f"  assets      {', '.join(description.assets) or 'none'}")
     for note in description.notes:
         say(f"  note        {note}")

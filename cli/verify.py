@@ -70,6 +70,8 @@ def _print(verdict: Verdict) -> None:
     say(f"source       {verdict.source}")
     if verdict.destination != verdict.source:
         say(f"destination  {verdict.destination}")
+    for note in verdict.notes:
+        say(f"note         {note}")
     for scale in verdict.scales:
         say(f"lora scale   {scale}")
     if verdict.checks:

@@ -9,10 +9,10 @@ factors are read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from bridge.stream.readers import (
 
 #: bytes of an array that is a fact, such as a mean of every joint
 MAX_FACT = 1 << 16
+Positions: TypeAlias = Callable[[tuple[int, ...]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Checkpoint(ABC):
                 )
             )
         return state
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, or those of several between which nothing decides."""
+        return self.model.name
 
     @property
     def suffixed(self) -> bool:
@@ -176,6 +182,15 @@ class Checkpoint(ABC):
         """How the factors of a leaf's weights are read, or None where it has none."""
         return None
 
+    def corner(self, bound: Bound, positions: Positions) -> tuple[str, np.ndarray] | None:
+        """Name and some values of the first weight of a leaf; None where they take much to read.
+
+        Args:
+            bound: the leaf.
+            positions: for a shape, the positions of the values: (count, axes of the weight).
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TreeCheckpoint(Checkpoint):
@@ -231,6 +246,12 @@ class TreeCheckpoint(Checkpoint):
 
     def weights_reader(self, key: str, bound: Bound, *, flat: bool) -> tuple[WeightsReader, Bound]:
         return LeafWeights(key, self.stored[bound.rule.leaf]), bound
+
+    def corner(self, bound: Bound, positions: Positions) -> tuple[str, np.ndarray] | None:
+        rule, (index, name) = bound.rule, bound.first
+        at = rule.equation.in_leaf(index, positions(bound.weight_shape), bound.sizes)
+        values = self.source.sample(self.stored[rule.leaf], at)
+        return None if values is None else (name, values)
 
     def factor_reader(self, key: str, bound: Bound, scale: Scale | None) -> FactorReader | None:
         rule = bound.rule
@@ -321,6 +342,12 @@ class WeightsCheckpoint(Checkpoint):
         }
         return TensorWeights(tensors, bound.sizes, twins, self.family.runtime), bound
 
+    def corner(self, bound: Bound, positions: Positions) -> tuple[str, np.ndarray] | None:
+        _, name = bound.first
+        stored = self.stored[name]
+        values = self.source.sample(stored, positions(self.source.specs[stored].shape))
+        return None if values is None else (name, values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCheckpoint(Checkpoint):
@@ -331,6 +358,8 @@ class AdapterCheckpoint(Checkpoint):
     """The base, where both were saved as one model."""
     alphas_given: bool = False
     """Whether the user gave its alphas, because no file has them."""
+    possible: tuple[str, ...] = ()
+    """Names of the models it may be of, where neither its names nor the files beside it tell one."""
     unapplied: Mapping[str, str] = field(default_factory=dict)
     """Tensors that belong to a weight which the runtime never uses -> why it does not."""
 
@@ -351,6 +380,10 @@ class AdapterCheckpoint(Checkpoint):
     @property
     def contents(self) -> str:
         return "lora"
+
+    @property
+    def model_name(self) -> str:
+        return " or ".join(self.possible) or self.model.name
 
     @property
     def modules(self) -> Mapping[str, Module]:

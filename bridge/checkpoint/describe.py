@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from bridge.arrays import WEIGHT_DTYPES
+from bridge.checkpoint.adapter_base import base_of
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.given_sizes import flags
+from bridge.checkpoint.identity import identity_problems, recorded
+from bridge.checkpoint.inputs import Inputs, shape_problems
 from bridge.checkpoint.leave_out import unmatched
-from bridge.checkpoint.open import open_checkpoint
-from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.open import adapter_of, open_checkpoint
+from bridge.checkpoint.opening import Opening, opening_of
 from bridge.checkpoint.options import OpenOptions
 from bridge.checkpoint.sizes import open_axes
+from bridge.errors import Problem, Refusal
+from bridge.graph import Form
 from bridge.rules.model import Part
 from bridge.rules.option import complete
 
@@ -52,13 +57,17 @@ class Description:
     assets: tuple[str, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    base: str = ""
+    """What is known of an adapter's base; empty for another checkpoint."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def describe(path: str | Path, format: str | None = None, **options: Unpack[OpenOptions]) -> Description:
-    """Describe a checkpoint from names, shapes and dtypes. No tensor data is read.
+    """Describe a checkpoint from names, shapes and dtypes.
+
+    No tensor data is read but a few values of an adapter's base, where that lies beside it.
 
     Args:
         path (`str` or `Path`): the checkpoint, as for :func:`bridge.plan`.
@@ -82,6 +91,9 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
     """
     opening = opening_of(complete(OpenOptions, options))
     checkpoint = open_checkpoint(path, format, opening)
+    base, trouble = "", list[Problem]()
+    if checkpoint.state.form is Form.ADAPTER:
+        checkpoint, base, trouble = _on_its_base(checkpoint, opening)
     source = checkpoint.source
     specs = source.specs
     assets = checkpoint.family.assets
@@ -89,7 +101,7 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
         path=str(source.location),
         format=source.format,
         state=str(checkpoint.state),
-        model=checkpoint.model.name,
+        model=checkpoint.model_name,
         layout=checkpoint.naming or checkpoint.layout.name,
         value_suffix=checkpoint.suffixed,
         arrays=len(specs),
@@ -100,8 +112,10 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
         assets=tuple((source.root / assets.directory).files()) if assets is not None else (),
         notes=(*source.notes, *_open_sizes(checkpoint)),
         problems=tuple(
-            problem.cause for problem in (*checkpoint.problems, *unmatched(opening, [checkpoint.left_out]))
+            problem.cause
+            for problem in (*checkpoint.problems, *trouble, *unmatched(opening, [checkpoint.left_out]))
         ),
+        base=base,
     )
 
 
@@ -113,6 +127,26 @@ def _open_sizes(checkpoint: Checkpoint) -> list[str]:
         f"shapes do not tell {', '.join(open_axes(checkpoint.model, checkpoint.sizes))}: give "
         f"{flags(checkpoint.choices)} where they are needed"
     ]
+
+
+def _on_its_base(adapter: Checkpoint, opening: Opening) -> tuple[Checkpoint, str, list[Problem]]:
+    """An adapter as its base makes it known, what there is to say of that base, and what speaks against it."""
+    based = base_of(adapter, None)
+    if not based.here:
+        return adapter, based.description, []
+    said = based.description
+    try:
+        base = based.open(opening)
+    except Refusal as refused:
+        return adapter, f"{said}, cannot be opened: {refused.problems[0].cause}", []
+    inputs = Inputs(adapter_of(base, adapter), base)
+    if inputs.source.problems or base.problems:
+        return inputs.source, said, list(base.problems)
+    problems = shape_problems(inputs)
+    if not problems:
+        problems, _ = identity_problems(inputs, allowed=False)
+    known = recorded(adapter.source) is not None and not problems
+    return inputs.source, said + (", the one it was made for" if known else ""), problems
 
 
 def _part(checkpoint: Checkpoint, part: Part) -> PartDescription:

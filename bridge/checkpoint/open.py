@@ -114,16 +114,17 @@ def open_checkpoint(
     return understand(open_source(path, format, opening), opening)
 
 
-def open_base(checkpoint: Checkpoint, base: str | Path | None, opening: Opening) -> Checkpoint | None:
-    """The base given, else the one that an adapter was saved with; None where there is neither. Raises Refusal."""
-    if base is not None:
-        return open_checkpoint(base, opening=replace(opening, item=None))
-    return checkpoint.own_base if isinstance(checkpoint, AdapterCheckpoint) else None
-
-
 def adapter_of(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    """An adapter as one of its base's model, where several models have the paths of its modules."""
-    saved_with_base = isinstance(adapter, AdapterCheckpoint) and adapter.alphas_given
-    if adapter.model.name == base.model.name or saved_with_base:
+    """An adapter as one of its base's model, with all that the base's layers show to be missing."""
+    if not isinstance(adapter, AdapterCheckpoint) or base is adapter.own_base:
         return adapter
-    return replace(understand_adapter(adapter.source, base.model.name), left_out=adapter.left_out)
+    understood = understand_adapter(adapter.source, base)
+    # of the alphas that no file has, only the user's words tell
+    problems = (*(adapter.problems if adapter.alphas_given else ()), *understood.problems)
+    return replace(
+        understood,
+        problems=tuple(dict.fromkeys(problems)),
+        left_out=adapter.left_out,
+        own_base=adapter.own_base,
+        alphas_given=adapter.alphas_given,
+    )

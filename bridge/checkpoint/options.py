@@ -67,7 +67,17 @@ class SourceOptions(OpenOptions, total=False):
         Option(
             kind=PathOrUrl(),
             group=SOURCE,
-            help="Base checkpoint that an adapter applies to, or is compared with.",
+            help="Base checkpoint that an adapter applies to, or is compared with. An adapter's own is used "
+            "where it lies in base/ in its directory, or its adapter_config.json names a local path.",
+            fits=_beside_an_adapter,
+        ),
+    ]
+    base_differs: Annotated[
+        bool,
+        Option(
+            kind=Flag(),
+            group=SOURCE,
+            help="Apply an adapter to another base than the one it was made for. How far it is is reported.",
             fits=_beside_an_adapter,
         ),
     ]

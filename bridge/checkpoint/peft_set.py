@@ -6,12 +6,13 @@ PEFT would ignore is a problem here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from bridge.arrays import WEIGHT_DTYPES
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Module
+from bridge.checkpoint.adapter_lost import lost_problems
+from bridge.checkpoint.adapter_model import Match, model_names, possible_models
+from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, Module
 from bridge.checkpoint.leave_out import pattern_for
-from bridge.checkpoint.match import Place, place_weights
 from bridge.checkpoint.problems import unknown
 from bridge.checkpoint.trainers import FACTOR
 from bridge.errors import CheckpointRefused, Problem, refuse_if
@@ -19,55 +20,45 @@ from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
 from bridge.peft.patterns import SECONDS
-from bridge.publish.record import read_record
-from bridge.rules.family import Family, families
-from bridge.rules.model import Layout, Model
 from bridge.rules.names import grouped
 
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
 
 
-def understand_adapter(source: Source, expected: str | None = None) -> AdapterCheckpoint:
+def understand_adapter(source: Source, base: Checkpoint | None = None) -> AdapterCheckpoint:
     """Work out which weights an adapter belongs to: those of the model that has most of its modules.
 
     Args:
         source: the adapter.
-        expected: name of the model to choose among several that have as many of its modules, which paths
-            alone do not tell apart: the base's; by default the one in its ``bridge.json``, or the first.
+        base: what it applies to, which decides between models that have the same modules, and tells how
+            many layers there are.
 
     Raises:
         CheckpointRefused: its modules are of no supported model.
     """
-    names = {name: _weight_of(name) for name in source.specs}
-    expected = expected or read_record(source.root).get("model")
-    rank = (0, False, 0)
-    best: tuple[Family, Model, Layout, dict[str, Place]] | None = None
-    for family in families():
-        for known in family.models:
-            for layout in known.layouts:
-                places = _places(known, layout, names)
-                spare = known.spare(layout).keys() & names.values()
-                fit = (len(places), known.name == expected, len(spare))
-                if (places or spare) and fit > rank:
-                    rank, best = fit, (family, known, layout, places)
+    specs = source.specs
+    names = {name: _weight_of(name) for name in specs}
+    possible, problems = possible_models(source, names, base)
     where = str(source.location)
-    config, problems = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
-    if best is None:
+    config, faults = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
+    if not possible:
         # another method has other names: that it is another is what must be said
-        refuse_if(problems, CheckpointRefused)
+        refuse_if(faults, CheckpointRefused)
         raise unknown(source, names)
-    family, model, layout, places = best
+    problems += faults
+    match = possible[0]
+    model, layout, places = match.model, match.layout, match.places
     unused = model.spare(layout)
     unapplied = {name: unused[weight] for name, weight in names.items() if weight in unused}
     strays = {name: weight for name, weight in names.items() if name not in unapplied}
-    problems += _strays(where, strays, places, family, model, layout)
+    problems += _strays(where, strays, possible)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
     ignored: list[str] = []
     for weight, place in places.items():
         module = weight.rpartition(".")[0]
         a, b = f"{PREFIX}{module}{A}", f"{PREFIX}{module}{B}"
-        if a in source.specs or b in source.specs:
+        if a in specs or b in specs:
             problems += _pair_problems(source, where, module, a, b)
             if len(place.rule.equation.right) != 2:
                 problems.append(
@@ -76,7 +67,7 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
                         "merge it in PEFT instead",
                     )
                 )
-            if config is not None and a in source.specs and b in source.specs:
+            if config is not None and a in specs and b in specs:
                 made, applies, trouble = _module(source, config, where, module, a, b)
                 problems += trouble
                 if made is not None:
@@ -84,7 +75,7 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
                 if not applies:
                     ignored.append(module)
         stored = PREFIX + weight
-        if stored in source.specs:
+        if stored in specs:
             saved[place.weight] = stored
             if config is not None and not config.saves(module):
                 problems.append(
@@ -104,17 +95,22 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
         Problem(
             f"{where}: {name} has dtype {spec.dtype.name}", f"save it as one of {', '.join(WEIGHT_DTYPES)}"
         )
-        for name, spec in source.specs.items()
+        for name, spec in specs.items()
         if spec.dtype.name not in WEIGHT_DTYPES
     ]
     problems += [
         Problem(f"{where}: {name} has shape {list(spec.shape)}, which has no elements", RESAVE)
-        for name, spec in source.specs.items()
+        for name, spec in specs.items()
         if spec.size == 0
     ]
+    # of models that share modules, each has others as well: what must be there is known once one is left
+    if isinstance(config, AdapterConfig) and len(model_names(possible)) == 1:
+        problems += lost_problems(
+            source, config, match, base if base and base.model.name == model.name else None
+        )
     return AdapterCheckpoint(
         source=source,
-        family=family,
+        family=match.family,
         model=model,
         layout=layout,
         stored=saved,
@@ -122,6 +118,7 @@ def understand_adapter(source: Source, expected: str | None = None) -> AdapterCh
         problems=tuple(dict.fromkeys(problems)),
         factors=modules,
         unapplied=unapplied,
+        possible=tuple(dict.fromkeys(match.model.name for match in possible)),
     )
 
 
@@ -134,30 +131,9 @@ def _weight_of(name: str) -> str:
     return name
 
 
-def _places(model: Model, layout: Layout, names: Mapping[str, str]) -> dict[str, Place]:
-    """What the weights of an adapter's tensors stand for, without those that the runtime never uses."""
-    spare = model.spare(layout)
-    places = place_weights(
-        model, layout, dict.fromkeys(weight for weight in names.values() if weight not in spare)
-    )
-    # of a weight that is known by another name as well, the whole may be there under the name that is used
-    whole = {weight for name, weight in names.items() if name == PREFIX + weight}
-    factored = {weight for name, weight in names.items() if name != PREFIX + weight}
-    for alias in model.applied & model.tied.keys():
-        name, known = layout.rename(alias), layout.rename(model.tied[alias])
-        if name in whole - factored and name != known:
-            places[name] = place_weights(model, layout, [known])[known]
-    return places
-
-
-def _strays(
-    where: str,
-    names: Mapping[str, str],
-    places: Mapping[str, Place],
-    family: Family,
-    model: Model,
-    layout: Layout,
-) -> list[Problem]:
+def _strays(where: str, names: Mapping[str, str], possible: Sequence[Match]) -> list[Problem]:
+    family, model, layout = possible[0].family, possible[0].model, possible[0].layout
+    places, models = possible[0].places, " or ".join(model_names(possible))
     strays = {
         name: weight for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)
     }
@@ -177,7 +153,7 @@ def _strays(
     ]
     return problems + [
         Problem(
-            f"{where}: {name} does not belong to any {model.name} module; PEFT would ignore it",
+            f"{where}: {name} does not belong to any {models} module; PEFT would ignore it",
             RESAVE if FACTOR.fullmatch(name) else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}",
         )
         for name in grouped(name for name, weight in strays.items() if weight not in tied)

@@ -130,7 +130,7 @@ def _adapter(
         format=FORMAT.name,
         metadata={CONFIG: config},
     )
-    adapter = understand_adapter(view, base.model.name)
+    adapter = understand_adapter(view, base)
     return replace(
         adapter,
         problems=(*problems, *adapter.problems),

@@ -64,6 +64,7 @@ class Comparison:
     model: str
     states: tuple[str, str]
     differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def changed(self) -> tuple[Difference, ...]:
@@ -78,6 +79,7 @@ class Comparison:
             "states": list(self.states),
             "weights": len(self.differences),
             "changed": len(self.changed),
+            "notes": list(self.notes),
             "differences": [
                 vars(d) | {"relative": d.relative, "changed": d.changed, "effective_rank": d.effective_rank}
                 for d in self.differences
@@ -99,7 +101,8 @@ def diff(
         b (`str` or `Path`): another one of the same model and dimensions.
         progress (`Callable[[int, int], None]`, *optional*): called with the bytes of weights compared, and
             their total.
-        **options: the fields of :class:`bridge.SourceOptions`. An adapter among the two needs ``base``; alphas
+        **options: the fields of :class:`bridge.SourceOptions`. An adapter among the two needs
+            ``base``, where it does not lie beside it; alphas
             that are not given are read from the ``bridge.json`` of ``b`` or ``a``.
 
     Returns:
@@ -134,6 +137,7 @@ def diff(
         model=model.name,
         states=(str(sides[0].checkpoint.state), str(sides[1].checkpoint.state)),
         differences=tuple(merged.values()),
+        notes=tuple(dict.fromkeys(note for side in sides for note in side.notes)),
     )
 
 

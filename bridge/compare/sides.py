@@ -17,10 +17,12 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from bridge.arrays import FLOAT32
+from bridge.checkpoint.adapter_base import base_of
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
+from bridge.checkpoint.identity import identity_problems
 from bridge.checkpoint.inputs import Inputs, shape_problems
 from bridge.checkpoint.leave_out import unmatched
-from bridge.checkpoint.open import adapter_of, open_base, open_checkpoint
+from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.checkpoint.opening import BARE, Opening, opening_of
 from bridge.checkpoint.options import SourceOptions, alphas_of
 from bridge.checkpoint.scales import alphas_for, scales
@@ -48,6 +50,8 @@ class Side:
     inputs: Inputs
     scales: Mapping[str, Scale] | None
     """None where factors are left out of account."""
+    notes: tuple[str, ...] = ()
+    """What base an adapter was given, where that is not plain."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -107,6 +111,7 @@ def open_side(
     lora_alpha: Mapping[str, float],
     rslora: bool,
     *,
+    base_differs: bool = False,
     needs_scale: bool = True,
     opening: Opening = BARE,
 ) -> Side:
@@ -125,21 +130,20 @@ def open_side(
     """
     checkpoint = open_checkpoint(path, opening=opening)
     if isinstance(checkpoint, AdapterCheckpoint):
-        if base is None and checkpoint.own_base is None:
-            raise RouteRefused(
-                Problem(
-                    f"{checkpoint.source.location} is an adapter and needs its base",
-                    "add --base PATH",
-                )
-            )
-        weights = open_base(checkpoint, base, opening)
-        assert weights is not None
+        based = base_of(checkpoint, base)
+        if based.missing is not None:
+            raise RouteRefused(based.missing)
+        weights = based.open(opening)
         inputs = Inputs(adapter_of(weights, checkpoint), weights)
-        problems = [*inputs.source.problems, *weights.problems]
+        problems, notes = [*inputs.source.problems, *weights.problems], list[str]()
         if not problems:
             problems += shape_problems(inputs)
+        if not problems:
+            problems, notes = identity_problems(inputs, allowed=base_differs)
         refuse_if(problems, CheckpointRefused)
-        return Side(inputs, {})
+        if based.origin:
+            notes.insert(0, f"{checkpoint.source.location}: its base is {based.description}")
+        return Side(inputs, {}, tuple(notes))
     refuse_if(checkpoint.problems, CheckpointRefused)
     if not checkpoint.has_lora or not needs_scale:
         return Side(Inputs(checkpoint), {} if needs_scale else None)
@@ -156,10 +160,11 @@ def open_sides(a: str | Path, b: str | Path, options: SourceOptions) -> tuple[Si
     """
     base, given, rslora = options["base"], alphas_of(options), options["rslora"]
     opening = opening_of(options, given, rslora)
-    roots = Location.parse(a), Location.parse(b)
+    roots, differs = (Location.parse(a), Location.parse(b)), options["base_differs"]
+    own, other = alphas_for(*roots, given, rslora), alphas_for(*roots[::-1], given, rslora)
     sides = (
-        open_side(a, base, *alphas_for(*roots, given, rslora), opening=opening),
-        open_side(b, base, *alphas_for(*roots[::-1], given, rslora), opening=replace(opening, item=None)),
+        open_side(a, base, *own, base_differs=differs, opening=opening),
+        open_side(b, base, *other, base_differs=differs, opening=replace(opening, item=None)),
     )
     refuse_if(unmatched(opening, (each.left_out for side in sides for each in side.checkpoints)), Refusal)
     return sides

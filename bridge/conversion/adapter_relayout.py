@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 
 from bridge.arrays import Spec
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Module
+from bridge.checkpoint.identity import header_of
 from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.model_card import card
 from bridge.conversion.options import compress_to
 from bridge.conversion.request import Built, Request
 from bridge.conversion.to_adapter import (
-    BASE,
+    base_name_notes,
     base_output,
     compression_errors,
     compression_notes,
     json_bytes,
+    named_base,
     rank_notes,
 )
 from bridge.formats.safetensors.peft import CONFIG
@@ -75,9 +77,7 @@ def build_relaid_adapter(request: Request) -> Built:
         *(_factor_step(request, each, limit) for each in modules),
         *(_saved_step(request, adapter, name, PREFIX + target) for name, target in saved.items()),
     )
-    destination, base_name = request.destination, options["base_name"]
-    if base_name is None and options["with_base"] and destination is not None:
-        base_name = str(destination / BASE)
+    base_name = named_base(request)
     carried = [*CARRIED, *(["auto_mapping"] if request.layout == adapter.layout else [])]
     fields = compose_config(
         _targets(modules, request), "", dict.fromkeys(module_of(name) for name in saved.values())
@@ -92,15 +92,14 @@ def build_relaid_adapter(request: Request) -> Built:
         dtype=request.dtype,
         steps=steps,
         specs=collect(adapter.model.name, steps),
-        header={"format": "pt"},
+        header={"format": "pt", **header_of(request.inputs)},
         files={CONFIG: json_bytes(fields)},
     )
     notes = rank_notes(request, output)
     if limit is not None:
         output = replace(output, approximated=compression_errors(request, output))
         notes += compression_notes(output.approximated)
-    if request.layout.needs_base_name and not fields["base_model_name_or_path"]:
-        notes.append(f"{request.layout.name} needs base_model_name_or_path, which is empty: give --base-name")
+    notes += base_name_notes(request, fields["base_model_name_or_path"])
     told = "Ranks and alphas are those of the adapter it was made from" + (
         f", but for modules of a rank above {limit}." if output.approximated else "."
     )

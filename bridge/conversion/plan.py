@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Unpack
 
 from bridge.arrays import BFLOAT16, FLOAT32
+from bridge.checkpoint.adapter_base import Based, base_of
 from bridge.checkpoint.assets import Assets, read_assets
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.identity import identity_problems
 from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
 from bridge.checkpoint.leave_out import unmatched
-from bridge.checkpoint.open import adapter_of, open_base, open_checkpoint
-from bridge.checkpoint.opening import opening_of
+from bridge.checkpoint.open import adapter_of, open_checkpoint
+from bridge.checkpoint.opening import Opening, opening_of
 from bridge.checkpoint.options import alphas_of
 from bridge.compare.base import misfits
 from bridge.conversion.converters import Edge, converters, no_scales
@@ -76,8 +78,9 @@ def plan(
 ) -> Plan:
     """Plan a conversion: every read, every write, every shape, dtype and byte count. Nothing is written.
 
-    Names, shapes and dtypes are read, and no tensor data but where an option says so: ``base`` and ``rank``
-    to an adapter, and the factors of an adapter that are too large for the LoRA leaves.
+    Names, shapes and dtypes are read, and of tensor data a few values of every leaf where an adapter is made
+    or meets its base; more only where an option says so: ``base`` and ``rank`` to an adapter, and the factors
+    of an adapter that are too large for the LoRA leaves.
 
     Args:
         src (`str` or `Path`): a step directory, its ``params``, a directory of steps, the URL of a bucket
@@ -110,7 +113,6 @@ def plan(
     if dst is not None and "://" in str(dst):
         raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))
     options = read_options(options)
-    base = options["base"]
     destination = None if dst is None else destination_at(dst)
     opening = opening_of(options, alphas_of(options), options["rslora"])
     checkpoint = open_checkpoint(src, options["from_"], opening)
@@ -122,25 +124,43 @@ def plan(
             Location.parse(src).local,
             overwrite=options["overwrite"],
         )
-    reference = open_base(checkpoint, base, opening)
-    way = _route(checkpoint, to, options["fold"], reference is not None, [*checkpoint.problems, *problems])
+    based = base_of(checkpoint, options["base"])
+    way = _route(checkpoint, to, options["fold"], based, [*checkpoint.problems, *problems])
     target = way[-1].target
-    if reference is not None:
-        _check_base(reference, checkpoint, target)
+    if based.origin:
+        if not (any("base" in edge.needs for edge in way) or options["with_base"] or _is_open(checkpoint)):
+            based = Based()
+        else:
+            options["base"] = str(based.path)
+    reference = None if not based.here else _base(based, opening, checkpoint, target)
     if reference is not None and checkpoint.state.form is Form.ADAPTER:
         checkpoint = adapter_of(reference, checkpoint)
     problems = [*checkpoint.problems, *problems]
     opened = (checkpoint, *((reference,) if reference is not None else ()))
     problems += unmatched(opening, (each.left_out for each in opened))
+    if reference is None and _is_open(checkpoint):
+        problems.append(
+            Problem(
+                f"{checkpoint.source.location} is an adapter of {checkpoint.model_name}: neither its names nor the "
+                "files beside it tell which",
+                "add --base PATH, which does",
+            )
+        )
     inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
     family = inputs.weights.family
-    if base is not None and reference is not None:
+    if reference is not None:
         problems += reference.problems
-        if destination is not None:
-            problems += check_apart(destination, reference.source.root.local, Location.parse(base).local)
+        if destination is not None and based.path is not None:
+            given = Location.parse(based.path).local
+            problems += check_apart(destination, reference.source.root.local, given)
     problems += option_problems(options, family, checkpoint.state, target)
+    base_notes = [f"its base is {based.description}"] if based.origin else []
     if reference is not None and not problems:
         problems += shape_problems(inputs) if inputs.base is not None else misfits(checkpoint, reference)
+    if inputs.base is not None and not problems:
+        trouble, far = identity_problems(inputs, allowed=options["base_differs"])
+        problems += trouble
+        base_notes += far
     scaling = next((edge.scaling for edge in way if edge.scaling is not no_scales), no_scales)
     ranks, scales, trouble = scaling(inputs, options)
     problems += trouble
@@ -189,6 +209,7 @@ def plan(
         scales=scales,
         outputs=outputs,
         notes=(
+            *base_notes,
             *checkpoint.source.notes,
             *_base_notes(inputs),
             *edited,
@@ -233,13 +254,18 @@ def _stale(inputs: Inputs, assets: Assets, options: Options) -> tuple[list[Probl
     ]
 
 
+def _is_open(checkpoint: Checkpoint) -> bool:
+    """Whether it may be of several models."""
+    return checkpoint.model_name != checkpoint.model.name
+
+
 def _is_whole(target: State) -> bool:
     """Whether a target is a model's weights, ready to run."""
     return target.form is Form.STATE_DICT and not target.stripped
 
 
 def _route(
-    checkpoint: Checkpoint, to: str, fold: bool, has_base: bool, problems: list[Problem]
+    checkpoint: Checkpoint, to: str, fold: bool, based: Based, problems: list[Problem]
 ) -> tuple[Edge, ...]:
     """The way to the format asked for. Raises with what is wrong with the source, where there is none."""
     contents = (
@@ -248,11 +274,18 @@ def _route(
         else None
     )
     try:
-        return route(converters(), checkpoint.state, to, {"base"} if has_base else (), contents)
+        return route(converters(), checkpoint.state, to, {"base"} if based.here else (), contents)
     except RouteRefused as refused:
+        problems = [*problems, *refused.problems]
+        if based.named and based.missing is not None and _needs_base(to):
+            problems[-1] = based.missing
         # a checkpoint that lost its factors has no route: what it lost must be said as well
         kind = CheckpointRefused if checkpoint.problems else RouteRefused
-        raise kind(*problems, *refused.problems) from None
+        raise kind(*problems) from None
+
+
+def _needs_base(to: str) -> bool:
+    return any("base" in edge.needs and edge.target.name == to for edge in converters())
 
 
 def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
@@ -262,13 +295,10 @@ def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
     return loss
 
 
-def _check_base(reference: Checkpoint, checkpoint: Checkpoint, target: State) -> None:
-    """Refuse what is neither the base of an adapter, nor a reference that weights can be compared with."""
+def _base(based: Based, opening: Opening, checkpoint: Checkpoint, target: State) -> Checkpoint:
+    """The base of an adapter, or the reference that weights are compared with. Raises Refusal."""
+    reference = based.open(opening)
     where = reference.source.location
-    if reference.state.form is Form.ADAPTER:
-        raise CheckpointRefused(
-            Problem(f"{where} is an adapter, not a base", "give the weights it applies to")
-        )
     if reference.has_lora and target.form is not Form.ADAPTER:
         raise CheckpointRefused(
             Problem(
@@ -282,6 +312,7 @@ def _check_base(reference: Checkpoint, checkpoint: Checkpoint, target: State) ->
                 "give a base of the same model",
             )
         )
+    return reference
 
 
 def _with_files(

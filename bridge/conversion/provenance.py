@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.identity import KEY
 from bridge.conversion.job import Job
 from bridge.publish.record import combined, files_in, self_checksum
 from bridge.stream.output import Output
@@ -35,6 +36,7 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
         "dtype": output.dtype,
         "scales": {name: scale.as_json() for name, scale in job.scales.items()},
         "sizes": {axis: size for axis, size in sorted(job.inputs.weights.sizes.items()) if axis != "1"},
+        **({KEY: json.loads(output.header[KEY])} if KEY in output.header else {}),
         "sources": {
             key: {
                 "format": checkpoint.source.format,

@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from bridge.arrays import FLOAT32, Spec
+from bridge.checkpoint.adapter_base import BASE, base_name
 from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.identity import header_of
 from bridge.compare.base import differences
 from bridge.conversion.model_card import model_card
 from bridge.conversion.options import compress_to
@@ -30,25 +32,51 @@ from bridge.stream.readers import Done
 from bridge.stream.step import Step
 from bridge.stream.writers import TensorWriter
 
-BASE = "base"
-
 #: vLLM's default for --max-lora-rank
 SERVER_RANK = 16
 
 
+def named_base(request: Request) -> str | None:
+    """What the adapter's config calls its base; None for what the source calls it."""
+    options = request.options
+    return base_name(
+        request.inputs.source.source,
+        request.destination,
+        options["base_name"],
+        with_base=options["with_base"],
+        absolute=request.layout.needs_base_name,
+    )
+
+
+def base_name_notes(request: Request, name: object) -> list[str]:
+    """What a layout wants of the name of a base."""
+    layout, options = request.layout, request.options
+    if not layout.needs_base_name:
+        return []
+    if not name:
+        return [
+            f"{layout.name} needs base_model_name_or_path, which is empty: give --base-name or --with-base"
+        ]
+    if options["with_base"] and options["base_name"] is None:
+        return [
+            f"base_model_name_or_path is {name}: {layout.name} looks for it from the working directory, so set it "
+            "anew when the adapter is moved"
+        ]
+    return []
+
+
 def build_adapter(request: Request) -> Built:
     """The adapter, and its base where asked for."""
-    options, checkpoint, layout = request.options, request.inputs.source, request.layout
+    options, checkpoint = request.options, request.inputs.source
     family = checkpoint.family
     notes: list[str] = []
     replaced: tuple[str, ...] = ()
     if request.reference is not None:
         replaced, compared = _compared(request, request.reference)
         notes += compared
-    base_name, destination = options["base_name"], request.destination
-    if base_name is None:
-        base_name = str(destination / BASE) if options["with_base"] and destination is not None else ""
-    adapter = _adapter_output(request, base_name, replaced)
+    name = named_base(request) or ""
+    notes += base_name_notes(request, name)
+    adapter = _adapter_output(request, name, replaced)
     if not options["with_base"] and request.reference is None:
         trained = (
             f" ({family.runtime} trains {family.trained_beside} in full)" if family.trained_beside else ""
@@ -56,10 +84,6 @@ def build_adapter(request: Request) -> Built:
         notes.append(
             f"no base is written: on any base but this checkpoint's own{trained} the adapter is another "
             f"{family.noun}; --with-base writes it"
-        )
-    if layout.needs_base_name and not base_name:
-        notes.append(
-            f"{layout.name} needs base_model_name_or_path, which is empty: give --base-name or --with-base"
         )
     notes += rank_notes(request, adapter)
     if compress_to(options) is not None:
@@ -104,7 +128,7 @@ def _adapter_output(request: Request, base_name: str, replaced: tuple[str, ...])
         dtype=request.dtype,
         steps=tuple(steps),
         specs=collect(checkpoint.model.name, tuple(steps)),
-        header={"format": "pt"},
+        header={"format": "pt", **header_of(request.inputs)},
         files={CONFIG: json_bytes(config)},
     )
 

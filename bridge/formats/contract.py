@@ -102,6 +102,18 @@ class Source(Protocol):
         """The array, or some of its rows. Raises KeyError, SourceRefused."""
         ...
 
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray | None:
+        """Values near the beginning of an array, where they take a small part of it to read; else None.
+
+        Args:
+            name: of the array.
+            at: their positions: (count, axes).
+
+        Raises:
+            SourceRefused: it cannot be read.
+        """
+        ...
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:

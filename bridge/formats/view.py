@@ -75,6 +75,9 @@ class View:
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         return self.source.read(self.names[name], rows)
 
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray | None:
+        return self.source.sample(self.names[name], at)
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:

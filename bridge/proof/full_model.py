@@ -47,7 +47,7 @@ def runnable(dst: str | Path, side: Side) -> FullModel:
 
 
 def compare_outputs(
-    full: FullModel, dst: str | Path, base: str | Path | None, side: Side, reference: str | Path
+    full: FullModel, dst: str | Path, side: Side, reference: str | Path
 ) -> tuple[dict[str, float], list[Problem]]:
     """Run the destination in float32, and compare its output with the recorded one.
 
@@ -60,7 +60,7 @@ def compare_outputs(
     allowed = full.allowed
     if any(spec.dtype.itemsize < 4 for spec in side.inputs.weights.source.specs.values()):
         allowed = full.allowed_narrow
-    directory = Path(base if base is not None and side.inputs.base is not None else dst)
+    directory = Path(dst if side.inputs.base is None else str(side.inputs.base.source.root))
     model, problem = full.load(directory, recorded)
     if problem is not None:
         raise Refusal(problem)

@@ -50,6 +50,7 @@ class Verdict:
     """Tensors that no runtime uses, and are not compared -> why."""
     scales: tuple[str, ...] = ()
     """What the runtime multiplies LoRA products by, and where that is known from."""
+    notes: tuple[str, ...] = ()
     runtime: str = ""
     """What ran the whole model, if anything did."""
     output: str = ""
@@ -77,6 +78,7 @@ class Verdict:
             "unused": dict(self.unused),
             "files": dict(self.files),
             "actions": dict(self.actions) if self.actions is not None else None,
+            "notes": list(self.notes),
             "problems": [{"cause": problem.cause, "fix": problem.fix} for problem in self.problems],
             "checks": [vars(check) | {"holds": check.holds} for check in self.checks],
         }
@@ -99,7 +101,8 @@ def verify(
         dst (`str` or `Path`, *optional*): another state of it.
         progress (`Callable[[int, int], None]`, *optional*): called with the bytes of weights checked, and
             their total.
-        **options: the fields of :class:`bridge.VerifyOptions`. An adapter among the two needs ``base``; alphas
+        **options: the fields of :class:`bridge.VerifyOptions`. An adapter among the two needs
+            ``base``, where it does not lie beside it; alphas
             that are not given are read from the ``bridge.json`` of ``dst`` or ``src``. The numbers depend on
             ``seed``, and not on ``workers``.
 
@@ -122,7 +125,7 @@ def verify(
     options = complete(VerifyOptions, options)
     if dst is None:
         return _verify_record(src)
-    base, reference, given = options["base"], options["reference"], alphas_of(options)
+    reference, given = options["reference"], alphas_of(options)
     a, b = open_sides(src, dst, options)
     model = same_model(a, b)
     full_model = None if reference is None else runnable(dst, b)
@@ -151,7 +154,7 @@ def verify(
     problems += trouble
     figures = None
     if reference is not None and full_model is not None:
-        figures, trouble = compare_outputs(full_model, dst, base, b, reference)
+        figures, trouble = compare_outputs(full_model, dst, b, reference)
         problems += trouble
     return Verdict(
         source=str(a.checkpoint.source.location),
@@ -163,6 +166,7 @@ def verify(
         actions=figures,
         unused={name: why for side in (a, b) for name, why in _unused(side).items()},
         scales=tuple(dict.fromkeys(_scales(a, recorded=not given) + _scales(b, recorded=not given))),
+        notes=tuple(dict.fromkeys((*a.notes, *b.notes))),
         runtime=full_model.runtime if full_model is not None else "",
         output=full_model.output if full_model is not None else "",
     )

@@ -141,3 +141,20 @@ class Equation:
         return part.transpose([axes.index(axis) for axis in self.weight_axes]).reshape(
             self.weight_shape(sizes)
         )
+
+    def in_leaf(self, index: Index, positions: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Where entries of one weight lie in the leaf.
+
+        Args:
+            index: of the weight.
+            positions: of the entries, in the weight's axes: (count, axes).
+            sizes: of the weight's axes at least.
+
+        Returns:
+            Their positions in the leaf's axes: (count, axes).
+        """
+        at = dict(zip(self.placeholders, index, strict=True))
+        for group, numbers in zip(self.right, positions.T, strict=True):
+            at |= dict(zip(group, np.unravel_index(numbers, [sizes[axis] for axis in group]), strict=True))
+        columns = (np.broadcast_to(at.get(axis, 0), len(positions)) for axis in self.left)
+        return np.stack([*columns], axis=1)

@@ -118,6 +118,8 @@ class Family:
     """Makes ``config.json`` and the like. Pure: bridge writes the files."""
     known_sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
     """Reads sizes, by qualified axis, from a ``config.json`` that lies beside PyTorch weights."""
+    known_model: Callable[[Mapping[str, Any]], str | None] | None = None
+    """The model that a ``config.json`` beside an adapter names, where it is one of this family's."""
     size_hint: str = "put the config.json of the model beside them"
     """What to do where tensors alone do not tell every size."""
     assets: AssetDirectory | None = None

@@ -237,6 +237,11 @@ class Bound:
         return dict(self.rule.weights(self.sizes))
 
     @property
+    def first(self) -> tuple[Index, str]:
+        """Index and name of the first weight."""
+        return next(self.rule.weights(self.sizes))
+
+    @property
     def leaf_shape(self) -> tuple[int, ...]:
         return self.rule.equation.leaf_shape(self.sizes)
 

@@ -56,6 +56,9 @@ class NpySource:
         array = self._open(name)
         return np.array(array if rows is None else array[rows])
 
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray:
+        return np.array(self._open(name)[tuple(at.T)])
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:

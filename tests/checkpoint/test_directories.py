@@ -15,6 +15,8 @@ from bridge.checkpoint.open import open_source
 from tests.kit import trainers
 from tests.kit.trainers import Tensors
 
+MODULE = "model.paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj"
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
@@ -23,9 +25,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
 
 @pytest.fixture(scope="module")
 def adapter(plain: Tensors) -> Tensors:
-    module = "model.paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj"
-    a, b = trainers.factors(plain, module, 2)
-    return {f"base_model.model.{module}.lora_{x}.weight": m for x, m in (("A", a), ("B", b))}
+    a, b = trainers.factors(plain, MODULE, 2)
+    return {f"base_model.model.{MODULE}.lora_{x}.weight": m for x, m in (("A", a), ("B", b))}
 
 
 def lerobot_run(home: Path, plain: Tensors, adapter: Tensors | None = None) -> Path:
@@ -42,7 +43,7 @@ def lerobot_run(home: Path, plain: Tensors, adapter: Tensors | None = None) -> P
         if adapter is not None:
             (inner / "model.safetensors").unlink()
             save_file(adapter, inner / "adapter_model.safetensors")
-            config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+            config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": [MODULE]}
             (inner / "adapter_config.json").write_text(json.dumps(config))
     (run / "checkpoints" / "last").symlink_to("000003")
     return run

@@ -102,6 +102,7 @@ def adapter(plain: Tensors, ending: str = ".lora_{}.weight", prefix: str = "base
 CONFIG = {
     "peft_type": "LORA", "r": 3, "lora_alpha": 5.0, "rank_pattern": {r".*paligemma\..*": 2},
     "alpha_pattern": {r".*paligemma\..*": 8.0}, "target_modules": ["q_proj", "up_proj"],
+    "exclude_modules": r".*(vision_tower.*|language_model.*up_proj)",
 }  # fmt: skip
 
 

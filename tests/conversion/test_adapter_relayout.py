@@ -42,11 +42,18 @@ def base() -> State:
     return {name: weight.clone() for name, weight in golden.by_hand(tree).items()}
 
 
+def train(state: State, config: LoraConfig, directory: Path) -> State:
+    """As LeRobot leaves it: the adapter, and the ``config.json`` that says of which model."""
+    merged = peft.train(state, config, directory)
+    (directory / "config.json").write_text('{"type": "pi0", "use_peft": true}')
+    return merged
+
+
 @pytest.fixture(scope="module")
 def trained(base: State, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     """An adapter as LeRobot's modules are named, and what PEFT merges."""
     directory = tmp_path_factory.mktemp("trained") / "adapter"
-    return directory, peft.train(named(base, "lerobot"), LoraConfig(**CONFIG), directory)
+    return directory, train(named(base, "lerobot"), LoraConfig(**CONFIG), directory)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +99,7 @@ def test_every_tensor_keeps_its_dtype(trained: tuple[Path, State], tmp_path: Pat
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scales_stay_what_they_are(rslora: bool, base: State, tmp_path: Path) -> None:
     config = LoraConfig(**{**CONFIG, "modules_to_save": None}, use_rslora=rslora)
-    peft.train(named(base, "lerobot"), config, tmp_path / "adapter")
+    train(named(base, "lerobot"), config, tmp_path / "adapter")
     bridge.convert(tmp_path / "adapter", tmp_path / "out", to="peft-adapter")
     before = peft.lora_modules(peft.load_adapter(named(base, "lerobot"), tmp_path / "adapter"))
     after = peft.lora_modules(peft.load_adapter(base, tmp_path / "out"))
@@ -105,7 +112,7 @@ def test_scales_stay_what_they_are(rslora: bool, base: State, tmp_path: Path) ->
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_smaller_rank_is_the_best_there_is(rslora: bool, base: State, tmp_path: Path) -> None:
     config = LoraConfig(**{**CONFIG, "modules_to_save": None}, use_rslora=rslora)
-    peft.train(named(base, "lerobot"), config, tmp_path / "adapter")
+    train(named(base, "lerobot"), config, tmp_path / "adapter")
     plan = bridge.plan(tmp_path / "adapter", tmp_path / "out", to="peft-adapter", rank=3)
     assert plan.loss.name == "ROUNDED"
     plan.run()
@@ -135,7 +142,7 @@ def test_its_base_comes_along_where_it_is_asked_for(
     options: dict[str, Any] = {"to": "peft-adapter", "layout": "openpi", "with_base": True}
     bridge.convert(trained[0], tmp_path / "out", base=source, **options)
     assert not golden.differing(base, golden.read(tmp_path / "out" / "base"))
-    assert peft.config_of(tmp_path / "out")["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+    assert peft.config_of(tmp_path / "out")["base_model_name_or_path"] == "base"
     with pytest.raises(Refusal, match="--with-base needs the base"):
         bridge.plan(trained[0], None, **options)
 
@@ -175,7 +182,7 @@ def heads(base: State, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     state = named(base, "lerobot")
     state[f"model.{EMBED_TOKENS}"] = state[f"model.{EMBED_TOKENS}"] * 1.0625
     config = LoraConfig(target_modules=["lm_head", "q_proj"], r=3, lora_alpha=7)
-    merged = peft.train(state, config, home / "adapter")
+    merged = train(state, config, home / "adapter")
     # of PEFT, on two tensors
     assert torch.equal(merged[f"model.{EMBED_TOKENS}"], state[f"model.{EMBED_TOKENS}"])
     assert not torch.equal(merged[f"model.{LM_HEAD}"], state[f"model.{LM_HEAD}"])
@@ -219,7 +226,7 @@ def test_whole_weights_stand_in_under_the_name_that_is_used(base: State, tmp_pat
     config = LoraConfig(
         target_modules=["q_proj"], r=3, lora_alpha=7, modules_to_save=["embed_tokens", "lm_head"]
     )
-    merged = peft.train(state, config, tmp_path / "adapter")
+    merged = train(state, config, tmp_path / "adapter")
     source = write(state, tmp_path / "base", assets=False)
     bridge.convert(tmp_path / "adapter", tmp_path / "out", to="torch-merged", base=source)
     embedding = merged[f"model.{EMBED_TOKENS}"]

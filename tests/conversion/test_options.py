@@ -45,6 +45,7 @@ ALL = {**declared(Options), **OWN}
 #: a value of each option that some conversion refuses because it would have no effect
 VALUES: dict[str, Any] = {
     "base": "elsewhere",
+    "base_differs": True,
     "layout": "lerobot",
     "rank": 4,
     "keep_alpha": True,

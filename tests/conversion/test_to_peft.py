@@ -309,7 +309,9 @@ def test_base_name_is_that_of_the_base(tmp_path: Path) -> None:
     """The base written beside the adapter, or what was given; else nothing."""
     source = golden.golden("pi0_lora")
     for options, expected in (
-        ({"with_base": True}, str(tmp_path / "with_base" / "base")),
+        ({"with_base": True}, "base"),
+        # LeRobot looks for it from wherever it runs
+        ({"with_base": True, "layout": "lerobot"}, str(tmp_path / "with_base_layout" / "base")),
         ({"base_name": "lab/pi0_base"}, "lab/pi0_base"),
         ({"with_base": True, "base_name": "lab/other"}, "lab/other"),
         ({}, ""),
@@ -347,7 +349,8 @@ def test_keys_and_shapes(adapted: Adapted, alpha: str) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     with safetensors.safe_open(adapted.home / alpha / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        # and which base it is for
+        assert file.metadata().keys() == {"format", "base_identity"} and file.metadata()["format"] == "pt"
 
 
 def by_hand(leaves: Mapping[str, Array], gemmas: tuple[str, ...]) -> dict[str, Array]:

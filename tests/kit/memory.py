@@ -41,6 +41,10 @@ class Arrays:
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         return self.arrays[name] if rows is None else self.arrays[name][rows]
 
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray:
+        values: np.ndarray = self.arrays[name][tuple(at.T)]
+        return values
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:

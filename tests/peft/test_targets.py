@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import bridge
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.errors import CheckpointRefused
 from bridge.peft.config import AdapterConfig, read_config
 from bridge.rules.names import grouped
 from tests.kit import checkpoints, golden
-from tests.kit.peft import CONFIG, load_adapter, lora_modules, tree_of
+from tests.kit.peft import CONFIG, WEIGHTS, load_adapter, lora_modules, tree_of
 
 LANGUAGE = f"{golden.PALIGEMMA}.model.language_model"
 SIGLIP = f"{golden.PALIGEMMA}.model.vision_tower.vision_model.encoder"
@@ -222,6 +225,62 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bridge.convert(source, home / "adapter", to="peft-adapter", lora_alpha=5.0)
     bridge.convert(source, home / "base", to="torch-base", dtype="float32")
     return home
+
+
+LINEARS = frozenset(PATHS) - {f"{golden.PALIGEMMA}.lm_head"}
+
+
+def random_config(chance: random.Random) -> dict[str, Any]:
+    """Names, patterns, exclusions and layers in any combination that PEFT accepts."""
+    kinds = [chance.choice(SEVEN), "fc1", "out_proj", "state_proj", PATHS[chance.randrange(len(PATHS))]]
+    names = chance.sample(kinds, chance.randrange(1, 4))
+    shape = chance.randrange(4)
+    if shape == 0:
+        stack = chance.choice(["language_model", "gemma_expert", "vision_model", ""])
+        return {"target_modules": rf".*{stack}.*\.\d*{chance.randrange(3)}\..*({'|'.join(SEVEN)})"}
+    if shape == 1:
+        return {
+            "target_modules": "all-linear",
+            "exclude_modules": rf".*({'|'.join(names).replace('.', '[.]')})",
+        }
+    config: dict[str, Any] = {"target_modules": names}
+    if shape == 2:
+        config["layers_to_transform"] = chance.sample(range(12), 4)
+        config["target_modules"] = [chance.choice(SEVEN)]
+    if chance.random() < 0.5:
+        config["modules_to_save"] = ["action_in_proj"]
+    return config
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A base that has exactly the linear layers of PATHS."""
+    tree = checkpoints.pi0_tree(lora={}, layers=12, image_layers=3)
+    return open_checkpoint(checkpoints.save(tree, tmp_path_factory.mktemp("deep") / "1", quick=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
+def test_any_module_that_peft_selected_must_be_there(deep: Checkpoint, seed: int, tmp_path: Path) -> None:
+    """PEFT saves an adapter of a random config, and one module is taken out of the file."""
+    chance = random.Random(seed)
+    model = get_peft_model(linears(PATHS), LoraConfig(r=1, **random_config(chance)))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+
+    def lost(adapter: Path) -> set[str]:
+        problems = adapter_of(deep, open_checkpoint(adapter)).problems
+        assert all("adapter_config.json gives LoRA to " in problem.cause for problem in problems), problems
+        return {problem.cause.split("gives LoRA to ")[1].split(", but")[0] for problem in problems}
+
+    assert lost(tmp_path / "whole") == set()
+    selected = sorted(set(lora_modules(model)) & LINEARS)
+    state = load_file(tmp_path / "whole" / WEIGHTS)
+    for gone in chance.sample(selected, min(2, len(selected) - 1)):
+        adapter = shutil.copytree(tmp_path / "whole", tmp_path / gone)
+        save_file(
+            {name: value for name, value in state.items() if f".{gone}." not in name}, adapter / WEIGHTS
+        )
+        assert lost(adapter) == {gone}
 
 
 EXPERT_ONLY = rf"{golden.EXPERT}\.model\.layers\.\d+\..*(q|k|v|o|gate|up|down)_proj"

@@ -46,6 +46,9 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 #: suffixes of interrupted downloads
 PARTIAL = (".gstmp", ".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 
+#: bytes of an array that is read whole where its beginning cannot be read alone
+SAMPLED_WHOLE = 4 << 20
+
 _MARKS = {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA", ITEM, TRAINING}
 
 
@@ -102,6 +105,26 @@ class OrbaxSource:
         at = range(shape[0])[rows]
         row: np.ndarray = self._rows(name, range(at, at + 1))[0]
         return row
+
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray | None:
+        stored = self.arrays[name]
+        array = stored.array
+        if stored.chunks is None or array.plain is None or not array.spec.shape:
+            return self.read(name)[tuple(at.T)] if array.spec.nbytes <= SAMPLED_WHOLE else None
+        numbers = np.ravel_multi_index(tuple((at // array.chunks).T), array.grid)
+        inside = np.ravel_multi_index(tuple((at % array.chunks).T), array.chunks)
+        values = np.zeros(len(at), array.spec.dtype)
+        for number in np.unique(numbers).tolist():
+            extent = stored.chunks[number]
+            # chunks of a bucket are fetched whole
+            if self.location.local is None and extent is not None and extent.length > SAMPLED_WHOLE:
+                return None
+            chunk = self._chunk(name, number)
+            if chunk is not None:  # else it is one of zeros
+                here = numbers == number
+                first = stream.beginning(array, *chunk, name, int(inside[here].max()) + 1)
+                values[here] = first[inside[here]]
+        return values
 
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None

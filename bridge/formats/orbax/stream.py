@@ -12,6 +12,7 @@ import io
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ def read_chunk(array: ZarrArray, path: Path | None, extent: Extent, label: str, 
     with _decoded(array, path, extent, label, Timings()) as stream:
         _fill(stream, raw(into), label, path)
         _skip(stream, 0, label, path)
+
+
+def beginning(array: ZarrArray, path: Path | None, extent: Extent, label: str, count: int) -> np.ndarray:
+    """The first elements of a chunk, flat, without reading much more of it."""
+    values = np.empty(count, array.spec.dtype)
+    # a block takes no more than it decodes to, but some encode nothing: then all is read
+    ahead = extent.length if extent.inline is not None else min(extent.length, values.nbytes + 2 * zstd.BLOCK)
+    for length in (ahead, extent.length):
+        part = replace(extent, length=length)
+        with _named(label, path), _decoded(array, path, part, label, Timings()) as stream:
+            if not fill(stream.readinto, raw(values)):
+                return values
+    raise SourceRefused(Problem(f"{path or 'the index'}: {label} is truncated", RECOPY))
 
 
 class _Stream:

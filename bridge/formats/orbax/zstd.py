@@ -10,8 +10,10 @@ from typing import Any
 
 #: the default limit of decoders; no encoder below level 23 exceeds it
 MAX_WINDOW = 1 << 27
-#: the shortest block, of 4 bytes, decodes to at most 128 KiB (RFC 8878, 3.1.1.2.3 and 4)
-RATIO = (128 << 10) // 4
+#: bytes of a block at most, encoded or decoded (RFC 8878, 3.1.1.2.3 and 4)
+BLOCK = 128 << 10
+#: the shortest block has 4 bytes
+RATIO = BLOCK // 4
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _ID_BYTES = (0, 1, 2, 4)

@@ -7,6 +7,8 @@ its final offset in a file that is laid out first.
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import math
 import os
 import time
@@ -21,7 +23,7 @@ from bridge.arrays import Spec, cells, raw, run_shape
 from bridge.errors import Problem, SourceRefused, reason, refuse_if
 from bridge.formats.contract import SLAB_BYTES, Format, Slab, Timings
 from bridge.formats.disk.links import link_problems
-from bridge.formats.disk.location import Location, is_safe_path
+from bridge.formats.disk.location import Location, is_safe_path, open_regular
 from bridge.formats.disk.readahead import RangeReader, buffered_bytes, fill, open_range
 from bridge.formats.disk.stamps import Stamp, take_stamps
 from bridge.formats.disk.syscalls import WriteBehind, allocate
@@ -87,6 +89,20 @@ class TorchSource:
             raise IndexError(f"rows of {name} must be contiguous: step {step} is not supported")
         return self._rows(name, start, max(start, stop))
 
+    def sample(self, name: str, at: np.ndarray) -> np.ndarray | None:
+        path, entry = self.files[name]
+        spec = entry.spec
+        numbers = np.ravel_multi_index(tuple(at.T), spec.shape) if spec.shape else np.zeros(len(at), int)
+        values = np.empty(len(at), spec.dtype)
+        into = raw(values)
+        with self._named(name), open_regular(path) as file:
+            for start, stop in _runs(numbers):
+                part = into[start * spec.dtype.itemsize : stop * spec.dtype.itemsize]
+                offset = entry.offset + int(numbers[start]) * spec.dtype.itemsize
+                if os.preadv(file.fileno(), [part], offset) != len(part):
+                    raise OSError(errno.EIO, "it is truncated")
+        return values
+
     def slabs(
         self, name: str, shape: tuple[int, ...] | None = None, spent: Timings | None = None
     ) -> Iterator[Slab]:
@@ -141,6 +157,12 @@ class TorchSource:
                     "check the file and its permissions",
                 )
             ) from error
+
+
+def _runs(numbers: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Start and stop of every run of consecutive numbers."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return itertools.pairwise([0, *cuts.tolist(), len(numbers)])
 
 
 def claims(location: Location) -> bool:
