@@ -7,14 +7,19 @@ The last entry of a projection is the einsum that openpi runs it by, with k|v an
 
 from __future__ import annotations
 
-from bridge import Factoring, Rule
+from bridge import Factoring, Normal, Rule
+
+#: `LoRAConfig.init_fn` (models/lora.py)
+START = Normal(0.01)
 
 #: `lora.Einsum` keeps its factors beside ``w`` and multiplies their product by alpha / rank
-EINSUM = Factoring(name="attention", leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True)
+EINSUM = Factoring(
+    name="attention", leaf="/w", a="/lora_a", b="/lora_b", rank="rank", scaled=True, start=START
+)
 
 #: `lora.FeedForward` keeps them beside the leaf and never scales them, whatever alpha is
 FEED_FORWARD = Factoring(
-    name="feed-forward", leaf="", a="_lora_a", b="_lora_b", rank="ffn_rank", scaled=False
+    name="feed-forward", leaf="", a="_lora_a", b="_lora_b", rank="ffn_rank", scaled=False, start=START
 )
 
 

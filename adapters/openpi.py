@@ -13,14 +13,17 @@ from bridge import (
     Family,
     Form,
     Layout,
+    LecunNormal,
     Model,
     Multiple,
     Number,
     Option,
     Part,
+    Resize,
     Rule,
     State,
     Unused,
+    Zeros,
 )
 
 from . import lerobot
@@ -28,6 +31,7 @@ from .configs import DEFAULT_HORIZON, companions, known_model, known_sizes
 from .gemma import expert
 from .pi0_actions import IN_TRANSFORMERS
 from .siglip import tower
+from .widths import robot_widths
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
 _EXPERT = "paligemma_with_expert.gemma_expert"
@@ -36,8 +40,9 @@ _EMBEDDING = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
 
 def _dense(name: str, inner: str, outer: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{name}/kernel", f"{name}.weight", f"{inner} {outer} -> {outer} {inner}"),
-        Rule(f"{name}/bias", f"{name}.bias", f"{outer} -> {outer}"),
+        # as nnx.Linear starts (flax, nnx/nn/linear.py)
+        Rule(f"{name}/kernel", f"{name}.weight", f"{inner} {outer} -> {outer} {inner}", start=LecunNormal()),
+        Rule(f"{name}/bias", f"{name}.bias", f"{outer} -> {outer}", start=Zeros()),
     )
 
 
@@ -194,6 +199,10 @@ def _has_config(source: State, target: State) -> bool:
     return target.form is not Form.PYTREE
 
 
+def _has_weights(source: State, target: State) -> bool:
+    return target.form is not Form.ADAPTER
+
+
 FAMILY = Family(
     name="openpi",
     noun="policy",
@@ -226,7 +235,15 @@ FAMILY = Family(
             kind=Number(),
             help=f"Length of an action chunk, for config.json; {DEFAULT_HORIZON} by default.",
             fits=_has_config,
-        )
+        ),
+        "action_dim": Option(
+            kind=Number(),
+            help="Width of action and state vectors in the model: its projections are cut to it, or padded with "
+            "entries as openpi initialises them.",
+            fits=_has_weights,
+        ),
     },
+    # what openpi's maintainers recommend where a robot's width is not the model's (openpi, issue 551)
+    resizes={"action_dim": Resize(axis="projections.action", used=robot_widths)},
     full_models=(IN_TRANSFORMERS,),
 )

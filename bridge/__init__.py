@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from bridge.proof.verify import Verdict, verify
     from bridge.rules.equation import Equation
     from bridge.rules.factoring import Factoring, by_role, last_two_axes
-    from bridge.rules.family import AssetDirectory, Companions, Facts, Family, FullModel, Tree
+    from bridge.rules.family import AssetDirectory, Companions, Facts, Family, FullModel, Resize, Tree
+    from bridge.rules.initialiser import LecunNormal, Normal, Zeros
     from bridge.rules.model import Layout, Model, Multiple, Part, Unused
     from bridge.rules.option import Choice, Flag, Number, Option, Text
     from bridge.rules.rule import Rule
@@ -51,7 +52,8 @@ _HOMES = {
     "proof.verify": ("Verdict", "verify"),
     "rules.equation": ("Equation",),
     "rules.factoring": ("Factoring", "by_role", "last_two_axes"),
-    "rules.family": ("AssetDirectory", "Companions", "Facts", "Family", "FullModel", "Tree"),
+    "rules.initialiser": ("LecunNormal", "Normal", "Zeros"),
+    "rules.family": ("AssetDirectory", "Companions", "Facts", "Family", "FullModel", "Resize", "Tree"),
     "rules.model": ("Layout", "Model", "Multiple", "Part", "Unused"),
     "rules.option": ("Choice", "Flag", "Number", "Option", "Text"),
     "rules.rule": ("Rule",),
@@ -73,9 +75,11 @@ __all__ = [
     "Format",
     "FullModel",
     "Layout",
+    "LecunNormal",
     "Location",
     "Model",
     "Multiple",
+    "Normal",
     "Number",
     "OpenOptions",
     "Opened",
@@ -85,6 +89,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Refusal",
+    "Resize",
     "Result",
     "Rule",
     "Sink",
@@ -99,6 +104,7 @@ __all__ = [
     "Unused",
     "Verdict",
     "VerifyOptions",
+    "Zeros",
     "by_role",
     "convert",
     "describe",

@@ -82,6 +82,10 @@ def _print(verdict: Verdict) -> None:
         )
     for name, why in verdict.unused.items():
         say(f"not used     {name}: {why}")
+    for axis, (least, most) in verdict.shared.items():
+        say(
+            f"not shared   entries {least} to {most - 1} of {axis}: one side was resized, and has none of them"
+        )
     if verdict.checks:
         say("")
         _table(verdict)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from bridge.arrays import Spec
 from bridge.checkpoint.checkpoint import Checkpoint
@@ -14,6 +14,7 @@ from bridge.formats.contract import Source
 from bridge.lora.factors import Scale
 from bridge.rules.model import Bound, Model
 from bridge.stream.readers import FactorReader, Read, ReplacedWeights, WeightsReader
+from bridge.stream.resize import ResizedFactors, ResizedWeights
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Inputs:
 
     source: Checkpoint
     base: Checkpoint | None = None
+    resized: Mapping[str, int] = field(default_factory=dict)
+    """Axes, by the names under which sizes are kept, that come out at another length than they are stored in."""
+    seed: int = 0
+    """Of what is drawn where they are longer."""
 
     @property
     def weights(self) -> Checkpoint:
@@ -46,9 +51,24 @@ class Inputs:
     def spec(self, read: Read) -> Spec:
         return self.sources[read[0]].specs[read[1]]
 
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size of every axis, as it comes out."""
+        return {**self.weights.sizes, **self.resized}
+
+    @property
+    def cut(self) -> list[str]:
+        """The axes among them that come out shorter."""
+        return [axis for axis, length in self.resized.items() if length < self.weights.sizes[axis]]
+
     def bound(self) -> Iterator[Bound]:
         """Every leaf of the model with its sizes."""
-        return self.weights.bound()
+        return self.model.bind(self.sizes)
+
+    def _stored(self, bound: Bound) -> dict[str, int]:
+        """Lengths in the source of the axes of a leaf that are resized, by the rule's own names."""
+        named = {axis: self.model.qualified(bound.part.name, axis) for axis in bound.rule.named_axes}
+        return {axis: self.weights.sizes[name] for axis, name in named.items() if name in self.resized}
 
     def weights_reader(self, bound: Bound, *, flat: bool) -> tuple[WeightsReader, Bound]:
         """How a leaf's weights are read, and the leaf in the form that reading needs.
@@ -57,20 +77,32 @@ class Inputs:
             bound: the leaf.
             flat: read tensors without taking their rows apart, which needs no more than their shapes.
         """
-        weights, used = self.weights.weights_reader(self.weights_key, bound, flat=flat)
-        if self.base is None:
-            return weights, used
+        stored = self._stored(bound)
+        as_stored = replace(bound, sizes={**bound.sizes, **stored})
+        weights, used = self.weights.weights_reader(self.weights_key, as_stored, flat=flat)
         # an adapter's modules_to_save stand in for the base's own
         own = {
             index: ("source", self.source.stored[name])
             for index, name in used.names.items()
-            if name in self.source.stored
+            if self.base is not None and name in self.source.stored
         }
-        return (ReplacedWeights(weights, own, used.sizes) if own else weights), used
+        if own:
+            weights = ReplacedWeights(weights, own, used.sizes)
+        if not stored:
+            return weights, used
+        assert bound.rule.start is not None
+        used = replace(used, sizes={**used.sizes, **{axis: bound.sizes[axis] for axis in stored}})
+        resized = ResizedWeights(
+            weights=weights, stored=stored, lengths=used.sizes, start=bound.rule.start, seed=self.seed
+        )
+        return resized, used
 
     def factor_reader(self, bound: Bound, scale: Scale | None) -> FactorReader | None:
         """How the factors of a leaf's weights are read, or None where it has none."""
-        return self.source.factor_reader("source", bound, scale)
+        factors = self.source.factor_reader("source", bound, scale)
+        if factors is None or not self._stored(bound):
+            return factors
+        return ResizedFactors(factors, bound.sizes)
 
 
 def shape_problems(inputs: Inputs) -> list[Problem]:

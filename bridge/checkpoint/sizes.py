@@ -103,6 +103,19 @@ def recorded_sizes(root: Location) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if type(size) is int and size > 0}
 
 
+def recorded_resizes(root: Location) -> dict[str, tuple[int, int]]:
+    """The axes that bridge recorded it had cut or padded, with both lengths."""
+    resized = read_record(root).get("resized")
+    if not isinstance(resized, dict):
+        return {}
+    pairs: dict[str, tuple[int, int]] = {}
+    for axis, each in resized.items():
+        stored, made = (each.get("from"), each.get("to")) if isinstance(each, dict) else (None, None)
+        if isinstance(stored, int) and isinstance(made, int):
+            pairs[axis] = stored, made
+    return pairs
+
+
 def located(source: Source, problems: Iterable[Problem]) -> list[Problem]:
     """Problems of a source, with the source's name."""
     return [Problem(f"{source.location}: {problem.cause}", problem.fix) for problem in problems]

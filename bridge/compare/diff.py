@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from bridge.checkpoint.options import SourceOptions
 from bridge.compare.gaps import gap, values
+from bridge.compare.shared import shared
 from bridge.compare.sides import WeightPair, open_sides, same_model, walk
 from bridge.lora.algebra import effective_rank
 from bridge.rules.option import complete
@@ -125,7 +126,8 @@ def diff(
         'b'
     """
     options = complete(SourceOptions, options)
-    sides = open_sides(a, b, options)
+    first, second, _ = shared(*open_sides(a, b, options))
+    sides = first, second
     model = same_model(*sides)
     merged: dict[str, Difference] = {}
     for each in walk(*sides, _difference, workers=options["workers"], progress=progress).results:

@@ -185,7 +185,7 @@ def same_model(a: Side, b: Side) -> Model:
                 "compare two checkpoints of one model",
             )
         )
-    ours, theirs = a.inputs.weights.sizes, b.inputs.weights.sizes
+    ours, theirs = a.inputs.sizes, b.inputs.sizes
     ranks = {
         model.qualified(part.name, rule.lora.rank) for part in model.parts for rule in part.rules if rule.lora
     }
@@ -240,7 +240,7 @@ def walk(
         Refusal: a side cannot be read, or they are not of one model.
     """
     model = same_model(a, b)
-    sizes = {**a.inputs.weights.sizes, **b.inputs.weights.sizes}
+    sizes = {**a.inputs.sizes, **b.inputs.sizes}
     # without a pytree on either side nothing tells heads apart, and nothing needs to
     flat = not (a.in_jax or b.in_jax)
     tasks = [_Task(a, b, bound, flat) for bound in model.bind(sizes)]

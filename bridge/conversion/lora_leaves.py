@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from bridge.checkpoint.checkpoint import AdapterCheckpoint
 from bridge.checkpoint.inputs import Inputs
@@ -38,7 +38,6 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
     rank_option = options["rank"]
     asked = rank_option if isinstance(rank_option, Mapping) else {}
     able = {part.name for part in inputs.model.parts if any(rule.lora for rule in part.rules)}
-    # LoRA elsewhere is a problem of the adapter's own
     touched = _touched(inputs) & able
     problems = [
         Problem(f"{flag} names {name}, which cannot carry LoRA", f"name one of {', '.join(sorted(able))}")
@@ -46,13 +45,7 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
         for name in names
         if name and name not in able
     ]
-    problems += [
-        Problem(
-            f"{where}: {name} has LoRA factors, but {runtime} does not apply LoRA to this weight",
-            "sum it into the weights: --fold (or --to torch-merged)",
-        )
-        for name in grouped(_beyond(inputs))
-    ]
+    problems += _unheld(inputs, touched or asked.keys() & able)
     problems += alpha_problems(given)
     problems += [
         Problem(
@@ -103,6 +96,34 @@ def joined_scales(inputs: Inputs, options: Options) -> tuple[dict[str, int], dic
     return ranks, scales, problems
 
 
+def _unheld(inputs: Inputs, parts: Collection[str]) -> list[Problem]:
+    """Factors that become neither leaves nor a part of a weight.
+
+    Args:
+        inputs: an adapter and its base.
+        parts: that get LoRA leaves.
+    """
+    where, runtime = inputs.source.source.location, inputs.weights.family.runtime
+    beyond = without_leaves(inputs)
+    # summed into it, the change would reach the weight's other use, where the adapter makes none
+    tied = [name for name in beyond if name in inputs.model.tied.values()]
+    problems = [
+        Problem(
+            f"{where}: {name} has LoRA factors, but {runtime} ties this weight to another and has no LoRA for it",
+            "sum it into the weight under both names: --fold (or --to torch-merged)",
+        )
+        for name in grouped(tied)
+    ]
+    if beyond and not parts:
+        problems.append(
+            Problem(
+                f"{where}: {runtime} has no LoRA for any of the {len(beyond)} weights that the adapter changes",
+                "sum it into the weights: --fold (or --to torch-merged)",
+            )
+        )
+    return problems
+
+
 def _unscaled_problems(inputs: Inputs, parts: Sequence[Part], options: Options) -> list[Problem]:
     """Alphas that the runtime has no use for."""
     where, runtime = inputs.source.source.location, inputs.weights.family.runtime
@@ -134,7 +155,7 @@ def _touched(inputs: Inputs) -> set[str]:
     return {part.name for part, rule in _places(inputs).values() if rule.lora is not None}
 
 
-def _beyond(inputs: Inputs) -> list[str]:
+def without_leaves(inputs: Inputs) -> list[str]:
     """Weights that the adapter changes, and that carry no LoRA in the JAX runtime."""
     return [name for name, (_, rule) in _places(inputs).items() if rule.lora is None]
 
@@ -146,6 +167,39 @@ def _places(inputs: Inputs) -> dict[str, tuple[Part, Rule]]:
 
 def _stock_rank(part: Part) -> int | None:
     return next(iter(part.stock_alpha)) if len(part.stock_alpha) == 1 else None
+
+
+def start_notes(inputs: Inputs, output: Output, seed: int) -> list[str]:
+    """A note on the modules and ranks that the source lacks."""
+    absent = padded = 0
+    starts: dict[str, None] = {}
+    for step, writer in output.steps_of(FactorWriter):
+        reader = step.factors
+        assert reader is not None
+        ranks = [reader.rank(step.rule, index, inputs.sources) for index in writer.indices()]
+        absent += ranks.count(0)
+        padded += sum(0 < rank < writer.rank for rank in ranks)
+        if min(ranks) < writer.rank:
+            starts[str(writer.start)] = None
+    if not starts:
+        return []
+    lacks = [f"{absent} modules"] * bool(absent) + [f"the upper ranks of {padded} modules"] * bool(padded)
+    return [
+        f"{' and '.join(lacks)} have no factors in the source: the first is drawn from {', '.join(starts)} "
+        f"(--seed {seed}), the second is zero, so that they train and change no output"
+    ]
+
+
+def summed_notes(inputs: Inputs) -> list[str]:
+    """Notes on the weights that an adapter's factors are summed into, for want of LoRA leaves."""
+    beyond = without_leaves(inputs)
+    if not beyond:
+        return []
+    runtime = inputs.weights.family.runtime
+    return [
+        f"{runtime} has no LoRA for {len(beyond)} weights that the adapter changes: the change is summed into them",
+        *(f"summed into {name}" for name in grouped(beyond)),
+    ]
 
 
 def fit_notes(inputs: Inputs, output: Output) -> list[str]:

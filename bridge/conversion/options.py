@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from bridge.checkpoint.options import SOURCE, SourceOptions
 from bridge.graph import Form, State
-from bridge.rules.option import ByPart, Choice, Flag, Option, Text, documented
+from bridge.rules.option import ByPart, Choice, Flag, Number, Option, Text, documented
 
 OUTPUT = "Output"
 ADAPTER = "PEFT adapter (--to peft-adapter)"
@@ -31,6 +31,10 @@ def _makes_tensors(source: State, target: State) -> bool:
 
 def _makes_lora_leaves(source: State, target: State) -> bool:
     return target.contents == "base+lora"
+
+
+def _makes_weights(source: State, target: State) -> bool:
+    return target.form is not Form.ADAPTER
 
 
 def _makes_lora(source: State, target: State) -> bool:
@@ -142,6 +146,17 @@ class Options(SourceOptions, total=False):
             group=TREE,
             help="Approximate, by SVD, factors that do not fit the rank of the LoRA leaves.",
             fits=_makes_lora_leaves,
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Option(
+            kind=Number(positive=False),
+            default=0,
+            group=OUTPUT,
+            help="Seed of what no source has and is drawn as the runtime would draw it: LoRA that an adapter lacks, "
+            "entries that pad an axis.",
+            fits=_makes_weights,
         ),
     ]
     value_suffix: Annotated[

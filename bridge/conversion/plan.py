@@ -22,6 +22,7 @@ from bridge.conversion.job import Job
 from bridge.conversion.options import Options
 from bridge.conversion.render import head, plan_text
 from bridge.conversion.request import Built, Request
+from bridge.conversion.resizing import cut_problems, resize_notes, resized
 from bridge.conversion.run import Result, run
 from bridge.conversion.settings import option_problems, read_options, settings_of
 from bridge.errors import (
@@ -154,6 +155,7 @@ def plan(
             given = Location.parse(based.path).local
             problems += check_apart(destination, reference.source.root.local, given)
     problems += option_problems(options, family, checkpoint.state, target)
+    inputs = resized(inputs, options)
     base_notes = [f"its base is {based.description}"] if based.origin else []
     if reference is not None and not problems:
         problems += shape_problems(inputs) if inputs.base is not None else misfits(checkpoint, reference)
@@ -180,6 +182,7 @@ def plan(
         assets = read_assets(inputs.base.source.root, family)
     stale, edited = _stale(inputs, assets, options)
     refuse_if(stale, SourceRefused)
+    refuse_if(cut_problems(inputs, options, assets), Refusal)
     folds = any(edge.fold for edge in way)
     exported = checkpoint.in_jax and _is_whole(target)
     usual = family.fold_dtype if folds else family.export_dtype if exported else "keep"
@@ -205,7 +208,7 @@ def plan(
         inputs=inputs,
         destination=destination,
         route=way,
-        loss=_loss(way, built),
+        loss=Loss.LOSSY if inputs.cut else _loss(way, built),
         scales=scales,
         outputs=outputs,
         notes=(
@@ -214,6 +217,7 @@ def plan(
             *_base_notes(inputs),
             *edited,
             *(note for each in inputs.checkpoints.values() for note in each.reports()),
+            *resize_notes(inputs, options, assets),
             *built.notes,
             *notes,
         ),
@@ -328,7 +332,7 @@ def _with_files(
             companions = family.companions(
                 Facts(
                     model=inputs.model,
-                    sizes=inputs.weights.sizes,
+                    sizes=inputs.sizes,
                     layout=output.layout,
                     contents=output.state.contents,
                     dtype=output.main_dtype,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ PACKAGES = ("openpi-bridge", "numpy", "ml-dtypes", "tensorstore", "zstandard")
 
 def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sums: Mapping[str, str]) -> str:
     """The record of one output as JSON; ``place`` contains the rest of the output."""
+    done = list(done)
     read = {key: checksum for each in done for key, checksum in each.read.items()}
+    drawn = {leaf: asdict(what) for each in done for leaf, what in each.drawn.items()}
     record: dict[str, Any] = {
         "model": job.inputs.model.name,
         "route": [converter.name for converter in job.route],
@@ -35,7 +38,7 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
         "layout": output.layout.name,
         "dtype": output.dtype,
         "scales": {name: scale.as_json() for name, scale in job.scales.items()},
-        "sizes": {axis: size for axis, size in sorted(job.inputs.weights.sizes.items()) if axis != "1"},
+        "sizes": {axis: size for axis, size in sorted(job.inputs.sizes.items()) if axis != "1"},
         **({KEY: json.loads(output.header[KEY])} if KEY in output.header else {}),
         "sources": {
             key: {
@@ -64,6 +67,13 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
         "checksums": "xxh3-128 of the values in little-endian C order",
         "versions": _versions(),
     }
+    if job.inputs.resized:
+        stored = job.inputs.weights.sizes
+        record["resized"] = {
+            axis: {"from": stored[axis], "to": length} for axis, length in sorted(job.inputs.resized.items())
+        }
+    if drawn:
+        record["initialised"] = {"seed": job.options["seed"], "leaves": dict(sorted(drawn.items()))}
     record["record"] = self_checksum(record)
     return json.dumps(record, indent=2) + "\n"
 

@@ -65,8 +65,13 @@ def _loss(job: Job) -> str:
         Loss.EXACT: "every value is kept bit for bit",
         Loss.EQUIVALENT: "the same function, different factors",
         Loss.ROUNDED: "values are rounded once, to the dtype written",
-        Loss.LOSSY: "; ".join(edge.summary for edge in job.route),
+        Loss.LOSSY: "; ".join([*(edge.summary for edge in job.route), *_cut(job)]),
     }[job.loss]
+
+
+def _cut(job: Job) -> Iterator[str]:
+    inputs = job.inputs
+    return (f"{axis} cut from {inputs.weights.sizes[axis]} to {inputs.resized[axis]}" for axis in inputs.cut)
 
 
 def _rules(job: Job, output: Output, width: int) -> Iterator[str]:

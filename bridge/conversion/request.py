@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.arrays import WEIGHT_DTYPES, Spec
+from bridge.arrays import WEIGHT_DTYPES, Spec, widest
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.inputs import Inputs
 from bridge.conversion.options import Options
@@ -73,10 +73,18 @@ class Request:
         stored = sum(sources[source].stored_bytes(name) for source, name in step.reads)
         return replace(step, bytes_read=stored, memory=writer.memory(load))
 
-    def weight_dtype(self, rule: Rule, stored: np.dtype) -> np.dtype:
-        """dtype in which a rule's weights are written: as asked, but never below what the runtime keeps."""
+    def weight_dtype(self, rule: Rule, stored: np.dtype, *, folded: bool = False) -> np.dtype:
+        """dtype in which a rule's weights are written: as asked, but never below what the runtime keeps.
+
+        Args:
+            rule: whose weights.
+            stored: their dtype in the source.
+            folded: whether factors are summed into them: where no dtype is asked for, not below the family's
+                dtype for that.
+        """
         if self.dtype == "keep":
-            return stored
+            usual = WEIGHT_DTYPES.get(self.inputs.weights.family.fold_dtype, stored)
+            return widest((stored, usual)) if folded and self.options["dtype"] is None else stored
         wanted = WEIGHT_DTYPES[self.dtype]
         kept = WEIGHT_DTYPES[rule.dtype] if rule.dtype is not None else wanted
         return kept if kept.itemsize > wanted.itemsize else wanted

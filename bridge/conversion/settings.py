@@ -101,7 +101,12 @@ def option_problems(options: Options, family: Family, source: State, target: Sta
                 "leave --value-suffix out",
             )
         )
+    draws = target.contents == "base+lora" or any(
+        keyword in family.resizes for keyword in options["settings"]
+    )
     is_adapter = target.form is Form.ADAPTER
+    if options["seed"] != declared(Options)["seed"].default and not draws and not is_adapter:
+        problems.append(Problem("--seed has no effect: nothing is drawn", "leave --seed out"))
     if options["modules_to_save"] and is_adapter and options["base"] is None:
         problems.append(
             Problem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.arrays import Spec, widest
-from bridge.conversion.lora_leaves import fit_notes
+from bridge.conversion.lora_leaves import fit_notes, start_notes, summed_notes
 from bridge.conversion.request import Built, Request
 from bridge.graph import Loss
 from bridge.rules.factoring import RANK
@@ -17,14 +17,17 @@ from bridge.stream.writers import LeafWriter
 
 
 def build_pytree(request: Request) -> Built:
-    """Every leaf; factors are folded into the weights, or become leaves of their own at the ranks asked for."""
+    """Every leaf; factors are folded into the weights, or become leaves of their own at the ranks asked for.
+
+    Those of weights that have no such leaves in the runtime are folded in any case.
+    """
     inputs = request.inputs
     steps: list[Step] = []
     for bound in inputs.bound():
         factors = inputs.factor_reader(bound, request.scales.get(bound.part.name))
-        steps.append(weight_step(request, bound, factors if request.fold else None))
+        folded = factors if request.fold or bound.rule.lora is None else None
+        steps.append(weight_step(request, bound, folded))
         if not request.fold and bound.rule.lora is not None and bound.part.name in request.ranks:
-            # modules that the adapter lacks are zeros
             rank = request.ranks[bound.part.name]
             steps.append(factor_step(request, bound, factors or ModuleFactors({}), rank))
     output = Output(
@@ -34,8 +37,16 @@ def build_pytree(request: Request) -> Built:
         steps=tuple(steps),
         specs=collect(inputs.model.name, tuple(steps)),
     )
-    notes = fit_notes(inputs, output) if request.ranks else []
-    return Built(outputs=(output,), notes=tuple(notes), loss=Loss.ROUNDED if notes else Loss.EXACT)
+    if not request.ranks:
+        return Built(outputs=(output,))
+    approximated = fit_notes(inputs, output)
+    summed = summed_notes(inputs)
+    started = start_notes(inputs, output, request.options["seed"])
+    return Built(
+        outputs=(output,),
+        notes=(*summed, *started, *approximated),
+        loss=Loss.ROUNDED if summed or approximated else Loss.EXACT,
+    )
 
 
 def weight_step(request: Request, bound: Bound, folded: FactorReader | None) -> Step:
@@ -43,7 +54,7 @@ def weight_step(request: Request, bound: Bound, folded: FactorReader | None) -> 
     inputs = request.inputs
     weights, _ = inputs.weights_reader(bound, flat=False)
     stored = widest(inputs.spec(read).dtype for read in weights.reads)
-    spec = Spec(bound.leaf_shape, request.weight_dtype(bound.rule, stored))
+    spec = Spec(bound.leaf_shape, request.weight_dtype(bound.rule, stored, folded=folded is not None))
     writer = LeafWriter(stored_name(request, bound.rule.leaf), spec)
     return request.step(bound, weights, folded, writer, Spec(spec.shape, stored))
 
@@ -66,6 +77,8 @@ def factor_step(request: Request, bound: Bound, factors: FactorReader, rank: int
         axes=axes,
         sizes={**bound.sizes, RANK: rank},
         runtime=request.scales[bound.part.name].value if rule.lora.scaled else 1.0,
+        start=rule.lora.start,
+        seed=request.options["seed"],
         family=inputs.weights.family.runtime,
         lossy=request.options["lossy"],
     )

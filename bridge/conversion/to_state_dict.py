@@ -41,7 +41,7 @@ def state_dict_output(request: Request) -> Output:
         if any(unused is each for each, _ in copied):
             continue
         name = layout.rename(unused.weight)
-        shape = tuple(inputs.weights.sizes[model.canonical.get(axis, axis)] for axis in unused.axes)
+        shape = tuple(inputs.sizes[model.canonical.get(axis, axis)] for axis in unused.axes)
         narrow = min((spec.dtype for spec in specs.values()), key=lambda dtype: (dtype.itemsize, dtype.name))
         specs[name] = Spec(shape, narrow)
         zeros[name] = unused.reason

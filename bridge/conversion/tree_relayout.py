@@ -10,7 +10,7 @@ from bridge.arrays import Spec
 from bridge.checkpoint.inputs import Inputs
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import scales
-from bridge.conversion.lora_leaves import fit_notes
+from bridge.conversion.lora_leaves import fit_notes, start_notes
 from bridge.conversion.options import Options
 from bridge.conversion.request import Built, Request
 from bridge.conversion.to_pytree import factor_step, stored_name, weight_step
@@ -89,9 +89,10 @@ def build_relaid_tree(request: Request) -> Built:
         steps=tuple(steps),
         specs=collect(inputs.model.name, tuple(steps)),
     )
-    notes = fit_notes(inputs, output)
-    loss = Loss.ROUNDED if notes else Loss.EQUIVALENT if ranked else Loss.EXACT
-    return Built(outputs=(output,), notes=tuple(notes), loss=loss, read_scales=own)
+    approximated = fit_notes(inputs, output)
+    started = start_notes(inputs, output, request.options["seed"])
+    loss = Loss.ROUNDED if approximated else Loss.EQUIVALENT if ranked else Loss.EXACT
+    return Built(outputs=(output,), notes=(*started, *approximated), loss=loss, read_scales=own)
 
 
 def _copies(request: Request, bound: Bound) -> Iterator[Step]:

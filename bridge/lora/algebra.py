@@ -242,6 +242,39 @@ def effective_rank(values: Sequence[float]) -> float | None:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+def dead(axes: FactorAxes, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
+    """Which components are zero in both factors, so that no gradient ever reaches either.
+
+    Args:
+        axes: of a leaf, or of one weight.
+        lora_a: with the axes ``axes.a``.
+        lora_b: with the axes ``axes.b``.
+
+    Returns:
+        Booleans that broadcast over ``lora_a``.
+
+    >>> from bridge.rules.equation import Equation
+    >>> from bridge.rules.factoring import last_two_axes
+    >>> axes = last_two_axes(Equation.parse("width dim -> dim width"))
+    >>> a, b = np.ones((5, 3)), np.ones((3, 7))
+    >>> a[:, :2] = b[1] = 0
+    >>> dead(axes, a, b)
+    array([[False,  True, False]])
+    """
+    shared = axes.components
+
+    def filled(factor: np.ndarray, named: tuple[str, ...]) -> np.ndarray:
+        others = tuple(n for n, axis in enumerate(named) if axis not in shared)
+        left = [axis for axis in named if axis in shared]
+        kept: np.ndarray = (factor != 0).any(axis=others).transpose([left.index(axis) for axis in shared])
+        return kept
+
+    neither = ~(filled(lora_a, axes.a) | filled(lora_b, axes.b))
+    sizes = dict(zip(shared, neither.shape, strict=True))
+    mask: np.ndarray = neither.reshape([sizes.get(axis, 1) for axis in axes.a])
+    return mask
+
+
 def pad(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
     """``array`` with zeros added at the end of an axis, up to ``rank``."""
     if array.shape[axis] == rank:

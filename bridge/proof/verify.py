@@ -20,6 +20,7 @@ from bridge.arrays import FLOAT32
 from bridge.checkpoint.assets import read_assets
 from bridge.checkpoint.open import open_source
 from bridge.checkpoint.options import alphas_of
+from bridge.compare.shared import shared
 from bridge.compare.sides import Side, open_sides, same_model, walk
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
@@ -56,6 +57,9 @@ class Verdict:
     output: str = ""
     """What was compared of the whole model, such as logits."""
 
+    shared: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Axes that one side was resized along -> how many entries are compared, and how many the longer side has."""
+
     @property
     def holds(self) -> bool:
         return not self.problems
@@ -76,6 +80,7 @@ class Verdict:
             "counts": self.counts,
             "scales": list(self.scales),
             "unused": dict(self.unused),
+            "shared": {axis: {"compared": least, "of": most} for axis, (least, most) in self.shared.items()},
             "files": dict(self.files),
             "actions": dict(self.actions) if self.actions is not None else None,
             "notes": list(self.notes),
@@ -126,7 +131,7 @@ def verify(
     if dst is None:
         return _verify_record(src)
     reference, given = options["reference"], alphas_of(options)
-    a, b = open_sides(src, dst, options)
+    a, b, cut = shared(*open_sides(src, dst, options))
     model = same_model(a, b)
     full_model = None if reference is None else runnable(dst, b)
     checker = Checker(a, b, options["rtol"], options["seed"])
@@ -169,6 +174,7 @@ def verify(
         notes=tuple(dict.fromkeys((*a.notes, *b.notes))),
         runtime=full_model.runtime if full_model is not None else "",
         output=full_model.output if full_model is not None else "",
+        shared=cut,
     )
 
 
@@ -215,7 +221,7 @@ def _asset_checks(a: Side, b: Side) -> tuple[dict[str, bool], list[Problem]]:
     assets = b.inputs.weights.family.assets
     if assets is None:
         return {}, []
-    ours, theirs = (read_assets(side.checkpoint.source.root, side.checkpoint.family).files for side in (a, b))
+    ours, theirs = _assets(a), _assets(b)
     same = {name: ours.get(name) == theirs.get(name) for name in sorted(ours.keys() | theirs.keys())}
     problems = []
     for name in (name for name, equal in same.items() if not equal):
@@ -228,6 +234,13 @@ def _asset_checks(a: Side, b: Side) -> tuple[dict[str, bool], list[Problem]]:
             )
         )
     return same, problems
+
+
+def _assets(side: Side) -> Mapping[str, bytes]:
+    """The files that travel with a side: an adapter's own, else its base's."""
+    checkpoints = side.inputs.checkpoints.values()
+    found = (read_assets(checkpoint.source.root, checkpoint.family).files for checkpoint in checkpoints)
+    return next((files for files in found if files), {})
 
 
 def _verify_record(path: str | Path) -> Verdict:

@@ -20,6 +20,10 @@ from string import ascii_letters
 import numpy as np
 
 from bridge.rules.equation import UNIT, Equation, Index
+from bridge.rules.initialiser import Initialiser, Normal
+
+#: of the first factor, where a runtime's own is not declared: small and random trains, zero does not
+SMALL = Normal(0.01)
 
 #: the rank among the axes of a factor; no axis of a leaf can have this name
 RANK = "(rank)"
@@ -75,6 +79,15 @@ class FactorAxes:
     def summed(self) -> tuple[str, ...]:
         """Input axes of both factors: each einsum contracts them alone, so ``b`` is summed over them."""
         return tuple(axis for axis in self.equation.left if axis in self.equation.right[1] and axis in self.b)
+
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """Axes of what passes from the first einsum to the second, the batch aside, in the order of ``a``.
+
+        Each entry (a rank, of a layer and a head) is trained by itself: a gradient reaches it unless it is
+        zero in both factors.
+        """
+        return tuple(axis for axis in self.a if axis in self.b and axis not in self.summed)
 
     @cached_property
     def placeholders_a(self) -> tuple[int, ...]:
@@ -190,6 +203,8 @@ class Factoring:
         scaled: whether the runtime multiplies the product by alpha / rank.
         axes: :func:`last_two_axes`, :func:`by_role`, or a function of one's own.
         stacked: axes of leaves that stack separate modules.
+        start: what the runtime draws a fresh first factor from. Where it starts, the second is zero, whatever
+            the runtime's own: the model stays the same function, and the second has a gradient.
     """
 
     leaf: str
@@ -200,6 +215,7 @@ class Factoring:
     name: str = "LoRA"
     axes: Axes = last_two_axes
     stacked: tuple[str, ...] = ("layer",)
+    start: Initialiser = SMALL
 
     def paths(self, leaf: str) -> tuple[str, str]:
         """Paths of both factors of a leaf.

@@ -92,6 +92,17 @@ class FullModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resize:
+    """An axis that an option of the family cuts or pads to the length it gives."""
+
+    axis: str
+    """Qualified, such as ``"projections.action"``."""
+    used: Callable[[Mapping[str, bytes], Mapping[str, Any]], Mapping[str, int]]
+    """How many of its entries are used, by the words for what says so: from assets, and from a
+    ``config.json`` (empty where there is none)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What bridge knows of one family of models."""
 
@@ -128,7 +139,16 @@ class Family:
     options: Mapping[str, Option] = field(default_factory=dict)
     """Options of its own, by keyword: a flag of ``bridge convert``, a keyword of :func:`bridge.plan`, and a
     value in :attr:`Facts.settings`."""
+    resizes: Mapping[str, Resize] = field(default_factory=dict)
+    """Keyword of one of :attr:`options` -> the axis whose length it gives."""
     full_models: tuple[FullModel, ...] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        for keyword, resize in self.resizes.items():
+            if keyword not in self.options:
+                raise ValueError(f"family {self.name}: {keyword} resizes an axis, and is no option of it")
+            for model in self.models:
+                model.check_resizable(resize.axis)
 
     @property
     def runtime(self) -> str:

@@ -135,6 +135,33 @@ class Model:
         for rule in self.rules:
             rule.check_runtime()
 
+    def check_resizable(self, axis: str) -> None:
+        """Whether an axis, by its qualified name, can be cut and padded.
+
+        Raises:
+            ValueError: no rule has it, or one that has cannot follow.
+        """
+        canonical = self.canonical.get(axis, axis)
+        having = [
+            (part, rule)
+            for part in self.parts
+            for rule in part.rules
+            if canonical in {self.qualified(part.name, each) for each in rule.named_axes}
+        ]
+        if not having:
+            raise ValueError(f"model {self.name}: no rule has the axis {axis}")
+        for part, rule in having:
+            alone = [self.qualified(part.name, group[0]) for group in rule.equation.right if len(group) == 1]
+            if canonical not in alone or rule.start is None:
+                raise ValueError(
+                    f"rule for {rule.leaf}: {axis} may be resized, so it must be an axis of the weight by itself, "
+                    "and the rule must say what fresh entries start as"
+                )
+        if any(
+            canonical in (self.canonical.get(each, each) for each in (m.axis, m.of)) for m in self.multiples
+        ):
+            raise ValueError(f"model {self.name}: {axis} may be resized, and a size is a multiple of it")
+
     def _multiple_axes(self) -> Iterator[str]:
         for multiple in self.multiples:
             yield from (multiple.axis, multiple.of)

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from bridge.rules.equation import Equation, Index
 from bridge.rules.factoring import FactorAxes, Factoring
+from bridge.rules.initialiser import Initialiser
 from bridge.rules.names import Template
 
 
@@ -44,6 +45,8 @@ class Rule:
     source, not from the axes above: verification compares the two."""
     dtype: str | None = None
     """dtype in which the runtime keeps this weight whatever the model's precision, if any."""
+    start: Initialiser | None = None
+    """What the runtime draws a fresh leaf from: needed where an axis of it may be padded."""
 
     def __post_init__(self) -> None:
         placeholders, named = (*self.path.axes, *self.equation.placeholders), self.template.axes

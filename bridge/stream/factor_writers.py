@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bridge.arrays import FLOAT32, Spec
-from bridge.lora.algebra import blocks_of, compress, join, pad, reduce, stack
+from bridge.lora.algebra import blocks_of, compress, dead, join, pad, reduce, stack
 from bridge.lora.factors import LowRank, Matrices
 from bridge.rules.equation import Index
 from bridge.rules.factoring import RANK, FactorAxes
+from bridge.rules.initialiser import Initialiser
+from bridge.stream.readers import Drawn
 from bridge.stream.work import Load, Work, Written
 
 
@@ -91,6 +93,9 @@ class FactorWriter:
     sizes: Mapping[str, int]
     runtime: float
     """The scale the runtime applies: what an adapter's scale is more is folded into b."""
+    start: Initialiser
+    """What a first factor is drawn from where an adapter has none."""
+    seed: int
     family: str
     """Whose runtime it is, for messages."""
     lossy: bool = False
@@ -229,7 +234,7 @@ class FactorWriter:
         return None
 
     def write(self, work: Work) -> Iterator[Written]:
-        """An adapter's modules as two leaves; those of modules it lacks are zeros."""
+        """An adapter's modules as two leaves. What it lacks starts: ``a`` is drawn, ``b`` zero."""
         leaf_a, leaf_b = (np.zeros(spec.shape, spec.dtype) for spec in (self.spec_a, self.spec_b))
         views = {index: (a, b) for index, a, b in self.axes.slices(leaf_a, leaf_b)}
         changes = work.changes()
@@ -240,9 +245,23 @@ class FactorWriter:
             for index, factors in self.fitted(there)[0].items():
                 for view, factor in zip(views[index], factors, strict=True):
                     view[...] = work.faults.cast(index, factor, self.dtype)
+        self._start(leaf_a, leaf_b, work)
         for name, leaf in ((self.a, leaf_a), (self.b, leaf_b)):
             work.sink.write(name, leaf)
             yield name, leaf
+
+    def _start(self, leaf_a: np.ndarray, leaf_b: np.ndarray, work: Work) -> None:
+        """Draw the first factor where both are zero: padded ranks, absent modules, and what never trained."""
+        fresh = np.broadcast_to(dead(self.axes, leaf_a, leaf_b), leaf_a.shape)
+        if not fresh.any():
+            return
+        assert work.rule.factor_leaves is not None
+        path = work.rule.factor_leaves[0]
+        fan_in = math.prod(self.sizes[axis] for axis in self.axes.equation.right[1])
+        # a key of the path in the rules: how a container spells it changes no number
+        drawn = self.start.fill(f"{self.seed}:{path}", leaf_a.shape, fan_in)
+        np.copyto(leaf_a, drawn.astype(self.dtype), where=fresh)
+        work.done.drawn[path] = Drawn(int(np.count_nonzero(fresh)), str(self.start))
 
 
 def _filled(factor: np.ndarray, axis: int) -> np.ndarray:

@@ -61,6 +61,16 @@ class Piece:
     w: np.ndarray
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Values of an array that no source has."""
+
+    values: int
+    """How many."""
+    initialiser: str
+    """What they were drawn from."""
+
+
 @dataclass
 class Done:
     """What a step read and wrote, and what was wrong with it."""
@@ -69,6 +79,8 @@ class Done:
     """Checksum of every array read."""
     written: dict[str, str] = field(default_factory=dict)
     """Checksum of every tensor written, by name."""
+    drawn: dict[str, Drawn] = field(default_factory=dict)
+    """What was initialised, by the path of its leaf in the rules."""
     problems: list[Problem] = field(default_factory=list)
     spent: Timings = field(default_factory=Timings)
 
@@ -178,7 +190,7 @@ class LeafWeights:
         return (rule.leaf,)
 
     def spec(self, leaf: Spec, sources: Sources) -> Spec:
-        return leaf
+        return sources[self.source].specs[self.name]
 
 
 class _OneTensorEach:

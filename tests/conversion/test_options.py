@@ -54,8 +54,10 @@ VALUES: dict[str, Any] = {
     "modules_to_save": True,
     "fold": True,
     "lossy": True,
+    "seed": 1,
     "value_suffix": True,
     "action_horizon": 10,
+    "action_dim": 9,
 }
 
 

@@ -14,6 +14,7 @@ from bridge import Refusal
 from tests.kit import checkpoints, families, golden
 from tests.kit.checkpoints import Array, Tree
 from tests.kit.families import SCALED
+from tests.kit.openpi_lora import dead_ranks
 from tests.kit.plugins import registered
 
 #: ranks 4 and 8, alphas 8 and 4
@@ -69,8 +70,10 @@ def test_larger_ranks_compute_the_same(tmp_path: Path) -> None:
         "paligemma": (16, 16.0),
         "expert": (32, 32.0),
     }
+    assert any("the upper ranks of" in note and "--seed 0" in note for note in plan.notes)
     plan.run()
     wide = checkpoints.restore(tmp_path / "wide")
+    assert sum(dead_ranks(wide).values()) == 0
     assert not differing(
         {name: leaf for name, leaf in PI0.leaves.items() if "lora" not in name},
         {name: leaf for name, leaf in wide.items() if "lora" not in name},

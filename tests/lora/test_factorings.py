@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import Equation, by_role, last_two_axes
-from bridge.lora.algebra import blocks_of, compress, join, reduce, split, stack
+from bridge.lora.algebra import blocks_of, compress, dead, join, reduce, split, stack
 from bridge.lora.distance import module_error, products
 from bridge.lora.factors import Factors
 from bridge.rules.equation import Index
@@ -360,6 +360,44 @@ def blocks(case: Case, weight: Array) -> list[Array]:
     if case.axes is by_role or case.equation.right[0][0] not in ("head", "group"):
         return [weight]
     return list(weight.reshape(case.sizes[case.equation.right[0][0]], -1, weight.shape[1]))
+
+
+@EVERY
+def test_dead_is_what_no_change_of_either_factor_reaches(case: Case) -> None:
+    """Entry by entry of what passes between the einsums: the output moves with neither factor."""
+    random, x = np.random.default_rng(3), case.input()
+    a, b = case.factors(rank=4)
+    _, label_a, label_b = case.labels
+    # contracted by each einsum alone: no entry of its own
+    summed = {
+        label
+        for name, label in ((name, label) for label, name in NAMES.items())
+        if name in case.factor_axes.summed
+    }
+    shared = [label for label in label_a if label in label_b and label not in summed]
+    sizes = dict(zip(label_a, a.shape, strict=True))
+    states = random.integers(0, 4, [sizes[label] for label in shared])
+
+    def at(factor: Array, labels: str, entry: Mapping[str, int]) -> tuple[Any, ...]:
+        return tuple(entry.get(label, slice(None)) for label in labels)
+
+    entries = [dict(zip(shared, index, strict=True)) for index in np.ndindex(*states.shape)]
+    for entry, state in zip(entries, states.flat, strict=True):
+        if state in (0, 1):
+            a[at(a, label_a, entry)] = 0
+        if state in (0, 2):
+            b[at(b, label_b, entry)] = 0
+    found = np.broadcast_to(dead(case.factor_axes, a, b), a.shape)
+    for entry in entries:
+        moves = []
+        for which, labels in enumerate((label_a, label_b)):
+            change = np.zeros_like((a, b)[which])
+            change[at(change, labels, entry)] = 1.5
+            pair = (change, b) if which == 0 else (a, change)
+            moves += [np.abs(out).max() > 0 for out in case.online(x, *pair).values()]
+        part = found[at(found, label_a, entry)]
+        assert part.all() if not any(moves) else not part.any()
+    assert 0 < np.count_nonzero(found) < found.size
 
 
 @EVERY

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bridge import Equation, by_role, last_two_axes
+from bridge import Equation, Normal, by_role, last_two_axes
 from bridge.arrays import Spec
 from bridge.lora.factors import Matrices
 from bridge.rules.equation import Index
@@ -36,7 +36,16 @@ Changes = dict[Index, Matrices]
 def writer(rank: int, axes: FactorAxes = BY_ROLE, runtime: float = RUNTIME) -> FactorWriter:
     a, b = (Spec(shape, np.dtype(np.float32)) for shape in axes.shapes(SIZES, rank))
     return FactorWriter(
-        a="a", b="b", spec_a=a, spec_b=b, axes=axes, sizes=SIZES, runtime=runtime, family="Toy"
+        a="a",
+        b="b",
+        spec_a=a,
+        spec_b=b,
+        axes=axes,
+        sizes=SIZES,
+        runtime=runtime,
+        start=Normal(0.01),
+        seed=0,
+        family="Toy",
     )
 
 
