@@ -7,6 +7,7 @@ directory of a run or a step the weights are in, families declare.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from bridge.display import printable
@@ -19,6 +20,8 @@ SNAPSHOTS, REFS = "snapshots", "refs"
 MAX_REF = 1 << 10
 #: a run, its checkpoints, a step, the weights in it
 MAX_DEPTH = 5
+
+_STEP = re.compile(r"(?:(?:checkpoint|ckpt|step|iter|epoch)[-_])?(?P<number>[0-9]{1,19})")
 
 Claimed = Callable[[Location], bool]
 """Whether a format recognizes a location."""
@@ -67,11 +70,14 @@ def _newest(
 
 
 def steps_in(names: list[str]) -> Iterator[tuple[int, str]]:
-    """Directories named by a number alone, or by a number after a dash: ``000300``, ``checkpoint-300``."""
+    """Directories named as steps, with their numbers: ``000300``, ``checkpoint-300``, ``step_300``.
+
+    Not ``run_2``: the newest of several runs is another model, and not ``tmp_3``, which was not finished.
+    """
     for name in names:
-        tail = name.rpartition("-")[2]
-        if tail.isascii() and tail.isdigit() and len(tail) < 20:
-            yield int(tail), name
+        step = _STEP.fullmatch(name)
+        if step is not None:
+            yield int(step["number"]), name
 
 
 def _snapshot(location: Location, claimed: Claimed, depth: int) -> tuple[Location, tuple[str, ...]] | None:

@@ -98,4 +98,5 @@ def _one(source: Source, sets: list[str]) -> str:
 
 
 def _listed(location: Location) -> str:
-    return ", ".join(name for name in location.names() if not name.startswith("_")) or "nothing"
+    inside = (name for name in location.names() if (location / name).names())
+    return ", ".join(inside) or "nothing"

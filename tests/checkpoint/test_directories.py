@@ -114,6 +114,17 @@ def test_a_run_of_train_pytorch(tmp_path: Path, plain: Tensors) -> None:
     assert open_source(run / "2").notes == ()
 
 
+def test_several_runs_are_no_steps(tmp_path: Path, plain: Tensors) -> None:
+    for number in (1, 2):
+        trainers.save(plain, tmp_path / "runs" / f"run_{number}")
+    with pytest.raises(SourceRefused, match=r"runs is not a checkpoint .*\(contains run_1, run_2\)"):
+        open_source(tmp_path / "runs")
+    trainers.save(plain, tmp_path / "hf" / "checkpoint-500")
+    assert open_source(tmp_path / "hf").notes == (
+        f"using checkpoint-500, the newest of 1 in {tmp_path / 'hf'}",
+    )
+
+
 def hub_cache(home: Path, plain: Tensors, ref: str | None = "b" * 40) -> Path:
     """A repository's folder as huggingface_hub makes it: snapshots of links into blobs."""
     repository = home / "models--lerobot--pi0_base"

@@ -133,5 +133,13 @@ def test_an_item_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
 
 def test_an_item_where_there_is_none(tmp_path: Path) -> None:
     step = item(tmp_path / "7", "default", TREE)
-    with pytest.raises(SourceRefused, match="has no item ema"):
+    (step / "commit_success.txt").write_text("")
+    with pytest.raises(SourceRefused, match="has no item ema") as refused:
         bridge.plan(step, None, to="torch-merged", item="ema")
+    assert refused.value.problems[0].fix == "leave --item out, or name one of default"
+
+
+def test_a_step_with_a_prefix(tmp_path: Path) -> None:
+    step = item(tmp_path / "run" / "ckpt_7", "model_params", TREE)
+    item(step, "ema", {leaf: array + np.float32(2) for leaf, array in TREE.items()})
+    assert bias(tmp_path / "run", item="ema") == 2
