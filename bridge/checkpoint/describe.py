@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -89,7 +89,7 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
         >>> description.state, description.parameters
         ('orbax[base+lora]', 483094)
     """
-    opening = opening_of(complete(OpenOptions, options))
+    opening = replace(opening_of(complete(OpenOptions, options)), describing=True)
     checkpoint = open_checkpoint(path, format, opening)
     base, trouble = "", list[Problem]()
     if checkpoint.state.form is Form.ADAPTER:
