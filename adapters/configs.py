@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bridge import Companions, Facts
 
-from . import lerobot
-
-#: openpi's `action_horizon` is in no weight; this is its default (models/pi0_config.py)
-DEFAULT_HORIZON = 50
+from . import lerobot, lerobot_read, policy_facts
+from .kinds import HORIZON
 
 #: field of config.json -> axis
 DIMENSIONS = {
@@ -84,7 +82,11 @@ _FUSED = {"paligemma.group": "paligemma.head"}
 def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that a ``config.json`` tells, where it is one that transformers reads."""
     kind = config.get("type")
-    if isinstance(kind, str) and kind in lerobot.MODES and config.get("paligemma_variant") == "gemma_2b":
+    if (
+        isinstance(kind, str)
+        and kind in lerobot_read.MODELS
+        and config.get("paligemma_variant") == "gemma_2b"
+    ):
         return dict(lerobot.STOCK)
     found: dict[str, int] = {}
     for field, axis in DIMENSIONS.items():
@@ -99,28 +101,49 @@ def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
 def known_model(config: Mapping[str, Any]) -> str | None:
     """The model that LeRobot's ``config.json`` (``type``) or transformers' (``model_type``) names."""
     named = config.get("type", config.get("model_type"))
-    return named if isinstance(named, str) and named in lerobot.MODES else None
+    return named if named in ("pi0", "pi05") else None
 
 
 def companions(facts: Facts) -> Companions:
     """Everything beside the tensors that the layout's loader reads."""
-    if facts.contents == "lora" and facts.layout.name != "lerobot":
-        return Companions({})  # PEFT reads its own config alone
-    horizon = facts.settings.get("action_horizon")
-    notes: tuple[str, ...] = ()
-    if horizon is None:
-        horizon = DEFAULT_HORIZON
-        notes = (
-            f"the checkpoint does not record the action horizon; assuming {horizon} (override with --action-horizon)",
+    return with_facts(facts, _pi0)
+
+
+def with_facts(facts: Facts, transformers: Callable[[Facts], Companions]) -> Companions:
+    """What openpi, LeRobot or transformers reads beside a checkpoint, and what no file of theirs can state.
+
+    Args:
+        facts: of an output.
+        transformers: makes the ``config.json`` of weights in transformers' names, or openpi's.
+    """
+    if facts.in_jax or (facts.contents == "lora" and facts.layout.name != "lerobot"):
+        made = Companions({})  # openpi reads no config, and PEFT its own alone
+    elif facts.layout.name == "lerobot":
+        made = lerobot.companions(facts)
+    else:
+        made = transformers(facts)
+    notes = (*made.notes, *policy_facts.notes(facts))
+    states_horizon = "chunk_size" in json.loads(made.files.get("config.json", b"{}"))
+    in_lerobot = facts.layout.name == "lerobot" and not facts.in_jax
+    if states_horizon and facts.known[HORIZON.key].assumed:
+        assumed = (
+            f"the checkpoint does not record the action horizon; assuming {facts.known[HORIZON.key].value} "
+            "(override with --action-horizon)"
         )
-    if facts.layout.name == "lerobot":
-        made = lerobot.companions(facts, horizon)
-        return Companions(made.files, (*notes, *made.notes))
+        notes = (assumed, *notes)
+    # LeRobot's files state everything, where there is a config
+    rest = (
+        {} if in_lerobot and states_horizon else policy_facts.policy_file(facts, horizon=not states_horizon)
+    )
+    return Companions({**made.files, **rest}, notes, assets=policy_facts.assets(facts))
+
+
+def _pi0(facts: Facts) -> Companions:
     unknown = sorted({axis for axis in DIMENSIONS.values() if _size(facts, axis) is None})
     if unknown:
         return Companions({}, (f"no config.json: the base does not tell {', '.join(unknown)}",))
-    text = json.dumps(_transformers(facts, horizon), indent=2) + "\n"
-    return Companions({"config.json": text.encode()}, notes)
+    text = json.dumps(_transformers(facts, facts.known[HORIZON.key].value), indent=2) + "\n"
+    return Companions({"config.json": text.encode()})
 
 
 def _size(facts: Facts, axis: str) -> int | None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from bridge import Companions, Facts, Problem, Refusal
+
+from . import lerobot_read, norm_stats
+from .kinds import CAMERAS, HORIZON, METHOD, NORM_STATS, PROMPT_LENGTH, TOKENIZER
+from .lerobot_read import EPS, FEATURES, IMAGES
+from .policy_facts import ASSETS, HUB_TOKENIZER
 
 #: the only dimensions that lerobot's variants `gemma_2b`, `gemma_300m` and its vision tower stand for
 STOCK = {
@@ -25,16 +29,6 @@ STOCK = {
     "expert.width": 1024, "expert.hidden": 4096,
     "siglip.width": 1152, "siglip.layer": 27, "siglip.hidden": 4304, "siglip.head": 16, "siglip.rows": 14,
 }  # fmt: skip
-
-#: openpi's cameras, in the order in which their tokens stand (models/model.py)
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-
-#: openpi normalises every model but pi0 by quantiles (training/config.py)
-MODES = {"pi0": "MEAN_STD", "pi05": "QUANTILES"}
-STATISTICS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99")}
-
-#: names in norm_stats.json -> LeRobot's
-FEATURES = {"state": "observation.state", "actions": "action"}
 
 #: where lerobot-train puts a policy in a step, and steps in a run (utils/constants.py)
 DIRECTORIES = ("pretrained_model", "checkpoints")
@@ -46,14 +40,12 @@ STATISTICS_IN_WEIGHTS = (
     r"\.(?:[^.]+_)?buffer_[^.]+\.(?:mean|std|min|max)"
 )
 
-NORM_STATS = re.compile(r"assets/(.+)/norm_stats\.json")
-TOKENIZER = "google/paligemma-3b-pt-224"
+#: how values are normalised -> LeRobot's word
+MODES = {method: mode for mode, method in lerobot_read.MODES.items()}
 
-#: tokens of a prompt (openpi, models/pi0_config.py; the defaults of LeRobot's configs too)
-PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
-
-#: what openpi adds to every divisor (transforms.py, Normalize and Unnormalize)
-EPS = 1e-6
+#: LeRobot's max_state_dim and max_action_dim
+DEFAULT_WIDTH = 32
+ACTION_TOKENIZER = "lerobot/fast-action-tokenizer"
 
 PREPROCESSOR = {
     "pi0": (
@@ -74,6 +66,16 @@ PREPROCESSOR = {
         "tokenizer_processor",
         "device_processor",
     ),
+    "pi0_fast": (
+        "rename_observations_processor",
+        "to_batch_processor",
+        "relative_actions_processor",
+        "normalizer_processor",
+        "pi0_fast_prepare_state_tokenizer_processor_step",
+        "tokenizer_processor",
+        "action_tokenizer_processor",
+        "device_processor",
+    ),
 }
 POSTPROCESSOR = ("unnormalizer_processor", "absolute_actions_processor", "device_processor")
 PROCESSORS = "policy_preprocessor.json and policy_postprocessor.json"
@@ -81,7 +83,7 @@ PROCESSORS = "policy_preprocessor.json and policy_postprocessor.json"
 NOTES = (
     "transforms of the training config are in no checkpoint: for delta actions, set enabled in LeRobot's "
     "relative_actions_processor and absolute_actions_processor, and use_relative_actions in config.json",
-    f"LeRobot fetches the tokenizer {TOKENIZER} from the Hugging Face hub, where its licence must be accepted; "
+    f"LeRobot fetches the tokenizer {HUB_TOKENIZER} from the Hugging Face hub, where its licence must be accepted; "
     "tokenizer_name in policy_preprocessor.json may be a local directory",
 )
 PI05_NOTE = (
@@ -93,45 +95,121 @@ Stats: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
 """LeRobot's feature -> statistic -> one number per dimension."""
 
 
-def companions(facts: Facts, horizon: int) -> Companions:
+def companions(facts: Facts) -> Companions:
     """``config.json`` where it can say what the weights are, and the processors where there are stats."""
+    stats = _stats(facts)
     files: dict[str, bytes] = {}
     notes: list[str] = []
-    stats: Stats = {}
-    found = {match[1]: path for path in sorted(facts.assets) if (match := NORM_STATS.fullmatch(path))}
-    if len(found) == 1:
-        path = next(iter(found.values()))
-        stats = _read(path, facts.assets[path], STATISTICS[MODES[facts.model.name]])
+    if "processors" in facts.kept:
+        files |= _carried_processors(facts.kept["processors"], facts, stats)
+    elif stats:
         files |= _processors(facts, stats)
         notes += [*_wide(facts, stats), *NOTES, *([PI05_NOTE] if facts.model.name == "pi05" else [])]
-    elif found:
-        notes.append(
-            f"no {PROCESSORS}: LeRobot holds one set of norm stats, and there are several, {', '.join(found)}; "
-            "keep one of them under assets/ in a copy of the source and convert that"
-        )
     else:
+        several = [match[1] for path in sorted(facts.assets) if (match := ASSETS.fullmatch(path))]
         notes.append(
-            f"no {PROCESSORS}: they are made from assets/<asset_id>/norm_stats.json, and there is none"
+            f"no {PROCESSORS}: LeRobot has one set of norm stats, and there are several, {', '.join(several)}: "
+            "choose with --asset-id"
+            if several
+            else f"no {PROCESSORS}: they are made from norm stats, and there are none: give them with --norm-stats"
         )
+    if "config" in facts.kept:
+        files["config.json"] = _carried_config(facts.kept["config"]["config.json"], facts)
+        return Companions(files, tuple(notes))
 
-    odd = [f"{axis} {facts.sizes.get(axis)}" for axis, size in STOCK.items() if facts.sizes.get(axis) != size]
+    odd = [
+        f"{axis} {facts.sizes.get(axis)}"
+        for axis, size in _stock(facts).items()
+        if facts.sizes.get(axis) != size
+    ]
     adapter = {"use_peft": True} if facts.contents == "lora" else {}
     if not odd:
-        files["config.json"] = _json(_config(facts, horizon, stats) | adapter)
+        files["config.json"] = _json(_config(facts, stats) | adapter)
     elif adapter:
         # LeRobot builds the model from the base's config; here it looks for these two
         files["config.json"] = _json({"type": facts.model.name, **adapter})
     if odd and not adapter:
         notes.append(
-            f"no config.json: LeRobot knows only gemma_2b with gemma_300m, and this has {', '.join(odd)}"
+            f"no config.json: LeRobot knows only the sizes of {_variants(facts)}, and this has {', '.join(odd)}"
         )
     return Companions(files, tuple(notes))
 
 
-def _config(facts: Facts, horizon: int, stats: Stats) -> dict[str, Any]:
+def _stock(facts: Facts) -> dict[str, int]:
+    """The stock sizes of the parts that the model has."""
+    parts = {part.name for part in facts.model.parts}
+    return {axis: size for axis, size in STOCK.items() if axis.partition(".")[0] in parts}
+
+
+def _variants(facts: Facts) -> str:
+    return (
+        "gemma_2b with gemma_300m" if any(part.name == "expert" for part in facts.model.parts) else "gemma_2b"
+    )
+
+
+def _stats(facts: Facts) -> Stats:
+    """The norm stats under LeRobot's names; empty where there are none."""
+    known = facts.known.get(NORM_STATS.key)
+    if known is None:
+        return {}
+    lacking = [each for each in norm_stats.METHODS[_method(facts)] if each not in known.value["actions"]]
+    if lacking:
+        cause = f"{known.origin} has no {' and '.join(lacking)}, which normalising by {_method(facts)} takes"
+        raise Refusal(Problem(cause, "give complete statistics with --norm-stats"))
+    return {FEATURES[feature]: vectors for feature, vectors in known.value.items()}
+
+
+def _method(facts: Facts) -> str:
+    method: str = facts.known[METHOD.key].value
+    return method
+
+
+# What the source has, where it is LeRobot's own.
+
+
+def _carried_config(data: bytes, facts: Facts) -> bytes:
+    """The source's config with its fields, those that the conversion changes set anew."""
+    config = json.loads(data)
+    changed: dict[str, Any] = {}
+    if bool(config.get("use_peft")) is not (facts.contents == "lora"):
+        changed["use_peft"] = facts.contents == "lora"
+    horizon = facts.known[HORIZON.key].value
+    if config.get("chunk_size", horizon) != horizon:
+        changed |= {
+            "chunk_size": horizon,
+            "n_action_steps": min(horizon, config.get("n_action_steps", horizon)),
+        }
+    return data if not changed else (json.dumps(config | changed, indent=4) + "\n").encode()
+
+
+def _carried_processors(files: Mapping[str, bytes], facts: Facts, stats: Stats) -> dict[str, bytes]:
+    """The source's processors with all their steps; their statistics anew where others were decided on."""
+    known = facts.known.get(NORM_STATS.key)
+    own = lerobot_read.read(files)
+    theirs = [fact.value for fact in own.facts if fact.kind is NORM_STATS]
+    if known is None or (theirs and lerobot_read.are_made_from(known.value, theirs[0])):
+        return dict(files)
+    made = dict(files)
+    for name, data in files.items():
+        if name.endswith(".safetensors"):
+            rest = {
+                key: tensor
+                for key, tensor in load(data).items()
+                if key.rpartition(".")[0] not in FEATURES.values()
+            }
+            made[name] = save({**rest, **_tensors(stats, inverse="postprocessor" in name)})
+    return made
+
+
+# What is made from openpi's.
+
+
+def _config(facts: Facts, stats: Stats) -> dict[str, Any]:
     """What LeRobot leaves to a default is left out: it refuses fields of other versions."""
-    action = facts.sizes["projections.action"]
+    horizon = facts.known[HORIZON.key].value
+    action = _action(facts, stats)
     inputs, outputs = _features(facts, stats)
+    expert = {} if facts.model.name == "pi0_fast" else {"action_expert_variant": "gemma_300m"}
     return {
         "type": facts.model.name,
         "chunk_size": horizon,
@@ -141,18 +219,25 @@ def _config(facts: Facts, horizon: int, stats: Stats) -> dict[str, Any]:
         "max_state_dim": action,
         "dtype": facts.dtype if facts.dtype in ("float32", "bfloat16") else "float32",
         "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
+        **expert,
         "image_resolution": [_resolution(facts)] * 2,
+        "tokenizer_max_length": facts.known[PROMPT_LENGTH.key].value,
         "input_features": inputs,
         "output_features": outputs,
         "normalization_mapping": _norm_map(facts),
     }
 
 
+def _action(facts: Facts, stats: Stats) -> int:
+    """The width that states and actions are padded to; pi0_fast has no weight of it, and LeRobot's default."""
+    widths = [_width(stats, feature) for feature in stats]
+    return facts.sizes.get("projections.action") or max(DEFAULT_WIDTH, *widths, 0)
+
+
 def _features(facts: Facts, stats: Stats) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs and outputs. Without stats the robot's dimensions are unknown, and LeRobot takes the widest."""
     image = {"type": "VISUAL", "shape": [3, _resolution(facts), _resolution(facts)]}
-    inputs: dict[str, Any] = {f"observation.images.{camera}": image for camera in CAMERAS}
+    inputs: dict[str, Any] = {f"{IMAGES}{camera}": image for camera in facts.known[CAMERAS.key].value}
     if not stats:
         return inputs, {}
     inputs["observation.state"] = {"type": "STATE", "shape": [_width(stats, "observation.state")]}
@@ -168,23 +253,35 @@ def _width(stats: Stats, feature: str) -> int:
 
 
 def _norm_map(facts: Facts) -> dict[str, str]:
-    mode = MODES[facts.model.name]
+    mode = MODES[_method(facts)]
     return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
 
 
 def _processors(facts: Facts, stats: Stats) -> dict[str, bytes]:
     inputs, outputs = _features(facts, stats)
+    tokenizer = facts.known[TOKENIZER.key].value
     # LeRobot's own eps is 1e-8, which makes a dimension that never moved (std 0) a hundred times larger
     normalize = {"eps": EPS, "norm_map": _norm_map(facts)}
     configs: dict[str, dict[str, Any]] = {
         "rename_observations_processor": {"rename_map": {}},
         "tokenizer_processor": {
-            "max_length": PROMPT_TOKENS[facts.model.name],
+            "max_length": facts.known[PROMPT_LENGTH.key].value,
             "task_key": "task",
             "padding_side": "right",
             "padding": "max_length",
             "truncation": True,
-            "tokenizer_name": TOKENIZER,
+            "tokenizer_name": tokenizer,
+        },
+        # LeRobot pads the state of this model before it becomes words; openpi does not
+        "pi0_fast_prepare_state_tokenizer_processor_step": {
+            "max_state_dim": _width(stats, "observation.state")
+        },
+        "action_tokenizer_processor": {
+            "action_tokenizer_name": ACTION_TOKENIZER,
+            "trust_remote_code": True,
+            "max_action_tokens": 256,
+            "fast_skip_tokens": 128,
+            "paligemma_tokenizer_name": tokenizer,
         },
         "device_processor": {"device": "cpu", "float_dtype": None},
         "relative_actions_processor": {"enabled": False, "exclude_joints": ["gripper"], "action_names": None},
@@ -193,8 +290,8 @@ def _processors(facts: Facts, stats: Stats) -> dict[str, bytes]:
         "unnormalizer_processor": {**normalize, "features": outputs},
     }
     return {
-        **_pipeline("policy_preprocessor", PREPROCESSOR[facts.model.name], configs, _tensors(stats)),
-        **_pipeline("policy_postprocessor", POSTPROCESSOR, configs, _tensors(stats, inverse=True)),
+        **_pipeline("policy_preprocessor", PREPROCESSOR[facts.model.name], configs, save(_tensors(stats))),
+        **_pipeline("policy_postprocessor", POSTPROCESSOR, configs, save(_tensors(stats, inverse=True))),
     }
 
 
@@ -209,7 +306,7 @@ def _pipeline(
     return {f"{name}.json": _json({"name": name, "steps": steps}), state_file: tensors}
 
 
-def _tensors(stats: Stats, *, inverse: bool = False) -> bytes:
+def _tensors(stats: Stats, *, inverse: bool = False) -> dict[str, np.ndarray]:
     """The statistics, such that LeRobot's formulas with :data:`EPS` give what openpi's give."""
     tensors: dict[str, np.ndarray] = {}
     for feature, vectors in stats.items():
@@ -217,62 +314,17 @@ def _tensors(stats: Stats, *, inverse: bool = False) -> bytes:
             if name == "std" and inverse:
                 # LeRobot multiplies by std alone here, openpi by what it divided by
                 vector = vector + EPS
-            elif name == "q99":
+            elif name == "q99" and "q01" in vectors:
                 # LeRobot divides by q99 - q01 alone; but where they are equal as float32, by its eps
                 equal = vector.astype(np.float32) == vectors["q01"].astype(np.float32)
                 vector = np.where(equal, vector, vector + EPS)
             tensors[f"{feature}.{name}"] = vector.astype(np.float32)
-    return save(tensors)
-
-
-def _read(path: str, data: bytes, statistics: tuple[str, ...]) -> Stats:
-    """What ``norm_stats.json`` says of the state and the actions, in float64.
-
-    Raises:
-        Refusal: it is not openpi's file, or lacks something, with everything that it lacks.
-    """
-    fix = "compute it again with openpi's compute_norm_stats.py, or move it away to convert without"
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(Problem(f"{path} is no JSON: {error}", fix)) from error
-    stats: dict[str, dict[str, np.ndarray]] = {}
-    problems = []
-    for key, feature in FEATURES.items():
-        vectors = {name: _at(tree, "norm_stats", key, name) for name in statistics}
-        lacks = [name for name, values in vectors.items() if not _is_vector(values)]
-        if lacks:
-            cause = f"norm_stats.{key} of {path} has no list of finite numbers {' and '.join(lacks)}"
-            problems.append(Problem(cause, fix))
-            continue
-        stats[feature] = {name: np.array(values, np.float64) for name, values in vectors.items()}
-        lengths = [f"{len(vector)} {name}" for name, vector in stats[feature].items()]
-        if len({vector.shape for vector in stats[feature].values()}) > 1:
-            problems.append(Problem(f"norm_stats.{key} of {path} has {' and '.join(lengths)}", fix))
-    if problems:
-        raise Refusal(*problems)
-    return stats
-
-
-def _at(node: Any, *keys: str) -> Any:
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
-
-
-def _is_vector(values: object) -> bool:
-    """Whether this is a list of numbers that float32 can hold; JSON as Python reads it has NaN too."""
-    largest = float(np.finfo(np.float32).max)
-    return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(type(value) in (int, float) and abs(value) <= largest for value in values)
-    )
+    return tensors
 
 
 def _wide(facts: Facts, stats: Stats) -> list[str]:
     """Stats as wide as the model may be padded; openpi cuts them to the robot, LeRobot does not."""
-    action = facts.sizes["projections.action"]
+    action = _action(facts, stats)
     wide = [key for key, feature in FEATURES.items() if _width(stats, feature) >= action]
     if not wide:
         return []

@@ -26,8 +26,8 @@ from bridge import (
     Zeros,
 )
 
-from . import lerobot
-from .configs import DEFAULT_HORIZON, companions, known_model, known_sizes
+from . import lerobot, policy_facts
+from .configs import companions, known_model, known_sizes
 from .gemma import expert
 from .pi0_actions import IN_TRANSFORMERS
 from .siglip import tower
@@ -194,11 +194,6 @@ def _norm_stats_notes(directory: str, files: Mapping[str, bytes]) -> tuple[str, 
     )
 
 
-def _has_config(source: State, target: State) -> bool:
-    """Whether a conversion writes a ``config.json``: JAX checkpoints have none."""
-    return target.form is not Form.PYTREE
-
-
 def _has_weights(source: State, target: State) -> bool:
     return target.form is not Form.ADAPTER
 
@@ -230,12 +225,9 @@ FAMILY = Family(
         matters="the policy would use wrong normalization",
     ),
     directories=lerobot.DIRECTORIES,
+    facts=policy_facts.TABLE,
     options={
-        "action_horizon": Option(
-            kind=Number(),
-            help=f"Length of an action chunk, for config.json; {DEFAULT_HORIZON} by default.",
-            fits=_has_config,
-        ),
+        **policy_facts.OPTIONS,
         "action_dim": Option(
             kind=Number(),
             help="Width of action and state vectors in the model: its projections are cut to it, or padded with "

@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge import Companions, Facts, Family, FullModel, Layout, Model, Part, Problem, Rule
 
-from . import configs
+from . import configs, policy_facts
 from .gemma import expert
 from .openpi import FAMILY as OPENPI
 from .siglip import tower
@@ -92,11 +92,6 @@ DIMENSIONS = {
 #: ids of the tokenizer that openpi trains with (models/tokenizer.py)
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
-NO_LEROBOT_CONFIG = (
-    "no config.json or processors for LeRobot: the checkpoint does not record how many actions its tokens "
-    "stand for, nor the robot's features; take these files from a pi0_fast policy of the same robot"
-)
-
 
 def known_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes in a ``config.json`` of transformers' PaliGemma."""
@@ -110,14 +105,12 @@ def known_model(config: Mapping[str, Any]) -> str | None:
 
 
 def companions(facts: Facts) -> Companions:
-    """``config.json``, where the checkpoint records all that is in it."""
-    if facts.layout.name == "lerobot":
-        if facts.contents != "lora":
-            return Companions({}, (NO_LEROBOT_CONFIG,))
-        # of an adapter's config LeRobot reads these two; the policy's own is the base's
-        return Companions({"config.json": _json({"type": facts.model.name, "use_peft": True})})
-    if facts.contents == "lora":
-        return Companions({})  # PEFT reads its own config alone
+    """Everything beside the tensors that the layout's loader reads."""
+    return configs.with_facts(facts, _config)
+
+
+def _config(facts: Facts) -> Companions:
+    """transformers' ``config.json``, where the checkpoint records all that is in it."""
     # q, k and v in one leaf: as many kv heads as heads
     sizes = {"paligemma.group": facts.sizes.get("paligemma.head"), **facts.sizes}
     unknown = sorted({axis for axis in DIMENSIONS.values() if sizes.get(axis) is None})
@@ -227,5 +220,7 @@ FAMILY = Family(
     known_model=known_model,
     size_hint="put the config.json of the PaliGemma beside them (num_attention_heads, head_dim)",
     assets=OPENPI.assets,
+    facts=OPENPI.facts,
+    options=policy_facts.OPTIONS,
     full_models=(IN_TRANSFORMERS,),
 )

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from bridge.proof.options import VerifyOptions
     from bridge.proof.verify import Verdict, verify
     from bridge.rules.equation import Equation
+    from bridge.rules.fact import Damage, Fact, FactKind, FactTable, Reading
     from bridge.rules.factoring import Factoring, by_role, last_two_axes
     from bridge.rules.family import AssetDirectory, Companions, Facts, Family, FullModel, Resize, Tree
     from bridge.rules.initialiser import LecunNormal, Normal, Zeros
     from bridge.rules.model import Layout, Model, Multiple, Part, Unused
-    from bridge.rules.option import Choice, Flag, Number, Option, Text
+    from bridge.rules.option import Choice, File, Flag, Number, Option, Text
     from bridge.rules.rule import Rule
 
 # No module or folder directly in bridge/ may have one of these names: importing it would replace the name.
@@ -51,11 +52,12 @@ _HOMES = {
     "proof.options": ("VerifyOptions",),
     "proof.verify": ("Verdict", "verify"),
     "rules.equation": ("Equation",),
+    "rules.fact": ("Damage", "Fact", "FactKind", "FactTable", "Reading"),
     "rules.factoring": ("Factoring", "by_role", "last_two_axes"),
     "rules.initialiser": ("LecunNormal", "Normal", "Zeros"),
     "rules.family": ("AssetDirectory", "Companions", "Facts", "Family", "FullModel", "Resize", "Tree"),
     "rules.model": ("Layout", "Model", "Multiple", "Part", "Unused"),
-    "rules.option": ("Choice", "Flag", "Number", "Option", "Text"),
+    "rules.option": ("Choice", "File", "Flag", "Number", "Option", "Text"),
     "rules.rule": ("Rule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -65,11 +67,16 @@ __all__ = [
     "Choice",
     "Companions",
     "Comparison",
+    "Damage",
     "Description",
     "Equation",
+    "Fact",
+    "FactKind",
+    "FactTable",
     "Factoring",
     "Facts",
     "Family",
+    "File",
     "Flag",
     "Form",
     "Format",
@@ -88,6 +95,7 @@ __all__ = [
     "Part",
     "Plan",
     "Problem",
+    "Reading",
     "Refusal",
     "Resize",
     "Result",

@@ -168,6 +168,7 @@ def _plan_json(plan: Plan, *, rules: bool = True) -> dict[str, Any]:
             name: {"rank": s.rank, "alpha": s.alpha, "rslora": s.rslora, "scale": s.value, "origin": s.origin}
             for name, s in plan.scales.items()
         },
+        "facts": {key: fact.as_json() for key, fact in plan.facts.items()},
         "tensors": sum(len(output.specs) for output in plan.outputs),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def inspect(path: str, from_: str | None, as_json: bool, **options: Any) -> None:
     """Describe the checkpoint at PATH: format, model, dimensions, LoRA ranks, dtypes, what was trained, assets.
 
-    Reads names and shapes only. Exit status 1 when a problem is found.
+    Reads names, shapes and the small files beside the weights. Exit status 1 when a problem is found.
     """
     import bridge
 
@@ -57,6 +57,10 @@ def _print(description: Description) -> None:
     if description.base:
         say(f"  base        {description.base}")
     say(f"  assets      {', '.join(description.assets) or 'none'}")
+    for fact in description.facts.values():
+        say(f"  {fact['title']:<16}  {fact['text']} ({fact['origin']})")
+    for remark in description.remarks:
+        say(f"  {click.style('look at', fg='yellow')}     {remark}")
     for note in description.notes:
         say(f"  note        {note}")
     for problem in description.problems:

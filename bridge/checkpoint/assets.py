@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bridge.errors import Problem, SourceRefused
@@ -18,13 +18,20 @@ class Assets:
     """Files by their path beside the weights, and notes about them."""
 
     files: Mapping[str, bytes]
+    paths: tuple[str, ...] = ()
+    """Of all files, those that were not read among them, below their directory."""
     notes: tuple[str, ...] = ()
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """The files as they were before they were read."""
 
 
-def read_assets(root: Location, family: Family) -> Assets:
+def read_assets(root: Location, family: Family, wanted: Callable[[str], bool] | None = None) -> Assets:
     """Read the files that a family's models have beside their weights.
+
+    Args:
+        root: of the checkpoint.
+        family: whose assets they are.
+        wanted: which of them to read, by path beside the weights; all by default.
 
     Raises:
         SourceRefused: one cannot be read, leads out of the checkpoint by its name or a link, or they are too large.
@@ -36,7 +43,8 @@ def read_assets(root: Location, family: Family) -> Assets:
     files: dict[str, bytes] = {}
     notes: list[str] = []
     left = MAX_BYTES
-    paths = directory.files()
+    listed = directory.files()
+    paths = [path for path in listed if wanted is None or wanted(f"{name}/{path}")]
     stamps = take_stamps(directory.local / path for path in paths) if directory.local is not None else {}
     for path in paths:
         # in a bucket, a name may be anything; here it becomes a path
@@ -59,4 +67,4 @@ def read_assets(root: Location, family: Family) -> Assets:
         files[f"{name}/{path}"] = data
     if family.assets.notes is not None:
         notes += family.assets.notes(str(directory), files)
-    return Assets(files, tuple(notes), stamps)
+    return Assets(files, tuple(listed), tuple(notes), stamps)

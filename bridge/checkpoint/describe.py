@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint.adapter_base import base_of
+from bridge.checkpoint.assets import Assets
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.given_sizes import flags
 from bridge.checkpoint.identity import identity_problems, recorded
 from bridge.checkpoint.inputs import Inputs, shape_problems
+from bridge.checkpoint.known import Beside, read_beside
 from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.checkpoint.opening import Opening, opening_of
 from bridge.checkpoint.options import OpenOptions
 from bridge.checkpoint.sizes import open_axes
-from bridge.errors import Problem, Refusal
+from bridge.errors import Problem, Refusal, SourceRefused
+from bridge.facts.resolve import Known
 from bridge.graph import Form
 from bridge.rules.model import Part
 from bridge.rules.option import complete
@@ -55,6 +58,10 @@ class Description:
     stored_bytes: int
     parts: tuple[PartDescription, ...]
     assets: tuple[str, ...]
+    facts: dict[str, dict[str, Any]]
+    """What is in no weight, by key: title, value, the value in words, and origin."""
+    remarks: tuple[str, ...]
+    """What looks wrong about the facts."""
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     base: str = ""
@@ -89,14 +96,19 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
         >>> description.state, description.parameters
         ('orbax[base+lora]', 483094)
     """
-    opening = replace(opening_of(complete(OpenOptions, options)), describing=True)
+    opening = opening_of(complete(OpenOptions, options))
     checkpoint = open_checkpoint(path, format, opening)
     base, trouble = "", list[Problem]()
     if checkpoint.state.form is Form.ADAPTER:
         checkpoint, base, trouble = _on_its_base(checkpoint, opening)
     source = checkpoint.source
     specs = source.specs
-    assets = checkpoint.family.assets
+    try:
+        beside = read_beside(Inputs(checkpoint), facts_only=True)
+        unread: tuple[Problem, ...] = ()
+    except SourceRefused as refused:
+        beside, unread = Beside(Assets({}), Known()), refused.problems
+    known = beside.known
     return Description(
         path=str(source.location),
         format=source.format,
@@ -109,11 +121,22 @@ def describe(path: str | Path, format: str | None = None, **options: Unpack[Open
         nbytes=sum(spec.nbytes for spec in specs.values()),
         stored_bytes=sum(source.stored_bytes(name) for name in specs),
         parts=tuple(_part(checkpoint, part) for part in checkpoint.model.parts),
-        assets=tuple((source.root / assets.directory).files()) if assets is not None else (),
-        notes=(*source.notes, *_open_sizes(checkpoint)),
+        assets=tuple(beside.assets.paths),
+        facts={
+            key: {"title": fact.kind.title, "text": fact.text, **fact.as_json()}
+            for key, fact in known.facts.items()
+        },
+        remarks=known.remarks,
+        notes=(*source.notes, *_open_sizes(checkpoint), *known.notes),
         problems=tuple(
             problem.cause
-            for problem in (*checkpoint.problems, *trouble, *unmatched(opening, [checkpoint.left_out]))
+            for problem in (
+                *checkpoint.problems,
+                *trouble,
+                *unmatched(opening, [checkpoint.left_out]),
+                *known.problems,
+                *unread,
+            )
         ),
         base=base,
     )

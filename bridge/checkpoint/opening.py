@@ -29,8 +29,6 @@ class Opening:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """LoRA alpha by part; ``""`` stands for all parts that are not named."""
     rslora: bool = False
-    describing: bool = False
-    """Whether the checkpoint is described alone, which takes no alphas."""
 
 
 #: nothing beside the path

@@ -33,8 +33,8 @@ class OpenOptions(TypedDict, total=False):
         Option(
             kind=Text("NAME"),
             group=SOURCE,
-            help="Which set of weights of SRC to read where it has several: an item of a checkpoint manager, the "
-            "base or the adapter of a whole model with LoRA.",
+            help="Which of several sets of weights to read where a directory or file has more: an item of a "
+            "checkpoint manager, the base or the adapter of a whole model with LoRA.",
         ),
     ]
     size: Annotated[

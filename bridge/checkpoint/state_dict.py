@@ -176,7 +176,7 @@ def _config(
             f"add --lora-alpha {part}=ALPHA, as the run was configured, or put its {CONFIG} beside the file",
         )
         for part, of_part in parts.items()
-        if part not in alphas and "" not in alphas and not opening.describing
+        if part not in alphas and "" not in alphas
     ]
     problems += [
         Problem(

@@ -14,6 +14,7 @@ from bridge.formats.disk.stamps import Stamp
 from bridge.graph import Loss, Route
 from bridge.lora.factors import Scale
 from bridge.proof.peft import Prover
+from bridge.rules.fact import Fact
 from bridge.rules.model import Layout
 from bridge.stream.output import Output
 from bridge.stream.step import Step
@@ -35,6 +36,8 @@ class Job:
     route: Route
     loss: Loss
     scales: Mapping[str, Scale]
+    facts: Mapping[str, Fact]
+    """What is in no weight, with its origin."""
     outputs: tuple[Output, ...]
     """The directories it makes, the destination itself first."""
     notes: tuple[str, ...]

@@ -8,10 +8,11 @@ from typing import Unpack
 
 from bridge.arrays import BFLOAT16, FLOAT32
 from bridge.checkpoint.adapter_base import Based, base_of
-from bridge.checkpoint.assets import Assets, read_assets
+from bridge.checkpoint.assets import Assets
 from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.identity import identity_problems
 from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
+from bridge.checkpoint.known import Beside, read_beside
 from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.checkpoint.opening import Opening, opening_of
@@ -34,6 +35,7 @@ from bridge.errors import (
     SourceRefused,
     refuse_if,
 )
+from bridge.facts.resolve import Known
 from bridge.formats.disk.location import Location
 from bridge.graph import Form, Loss, State, route
 from bridge.publish.preflight import (
@@ -46,6 +48,7 @@ from bridge.publish.preflight import (
 )
 from bridge.publish.record import stale_files
 from bridge.rules.family import Facts
+from bridge.rules.model import Layout
 from bridge.stream.output import Output, narrows
 from bridge.stream.workers import Progress
 
@@ -177,12 +180,11 @@ def plan(
         raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
 
     # before the work that some outputs are
-    assets = read_assets(checkpoint.source.root, family)
-    if inputs.base is not None and not assets.files:
-        assets = read_assets(inputs.base.source.root, family)
-    stale, edited = _stale(inputs, assets, options)
+    beside = read_beside(inputs, settings_of(family, options))
+    stale, edited = _stale(inputs, beside.assets, options)
     refuse_if(stale, SourceRefused)
-    refuse_if(cut_problems(inputs, options, assets), Refusal)
+    refuse_if((*beside.known.problems, *_layout_problems(beside, layout, target)), CheckpointRefused)
+    refuse_if(cut_problems(inputs, options, beside.assets), Refusal)
     folds = any(edge.fold for edge in way)
     exported = checkpoint.in_jax and _is_whole(target)
     usual = family.fold_dtype if folds else family.export_dtype if exported else "keep"
@@ -200,8 +202,8 @@ def plan(
         progress=progress,
     )
     built = way[-1].build(request)
-    outputs, notes = _with_files(request, built.outputs, assets)
-    stamps = dict(assets.stamps)
+    outputs, notes = _with_files(request, built.outputs, beside)
+    stamps = {**beside.assets.stamps, **beside.known.stamps}
     for source in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
         stamps.update(source.stamps)
     planned = Plan(
@@ -210,6 +212,7 @@ def plan(
         route=way,
         loss=Loss.LOSSY if inputs.cut else _loss(way, built),
         scales=scales,
+        facts=beside.known.facts,
         outputs=outputs,
         notes=(
             *base_notes,
@@ -217,7 +220,7 @@ def plan(
             *_base_notes(inputs),
             *edited,
             *(note for each in inputs.checkpoints.values() for note in each.reports()),
-            *resize_notes(inputs, options, assets),
+            *resize_notes(inputs, options, beside.assets),
             *built.notes,
             *notes,
         ),
@@ -319,16 +322,27 @@ def _base(based: Based, opening: Opening, checkpoint: Checkpoint, target: State)
     return reference
 
 
+def _stays(known: Known, layout: Layout, target: State) -> bool:
+    """Whether the source's own files belong to the layout that is written."""
+    return target.form is not Form.PYTREE and known.layout == layout.name
+
+
+def _layout_problems(beside: Beside, layout: Layout, target: State) -> tuple[Problem, ...]:
+    """What the source's files state and another layout cannot."""
+    return () if _stays(beside.known, layout, target) else beside.known.inexpressible
+
+
 def _with_files(
-    request: Request, outputs: tuple[Output, ...], assets: Assets
+    request: Request, outputs: tuple[Output, ...], beside: Beside
 ) -> tuple[tuple[Output, ...], list[str]]:
     """Add to every output what its loader wants beside the tensors, and the assets."""
-    family, inputs = request.inputs.weights.family, request.inputs
-    notes = list(assets.notes)
+    family, inputs, known = request.inputs.weights.family, request.inputs, beside.known
+    stays = _stays(known, request.layout, request.target)
+    notes = [*beside.assets.notes, *known.notes, *known.remarks, *(() if stays else known.leaving)]
     complete = []
     for output in outputs:
-        files = dict(assets.files)
-        if family.companions is not None and output.state.form is not Form.PYTREE:
+        files = dict(beside.assets.files)
+        if family.companions is not None:
             companions = family.companions(
                 Facts(
                     model=inputs.model,
@@ -337,10 +351,13 @@ def _with_files(
                     contents=output.state.contents,
                     dtype=output.main_dtype,
                     settings=settings_of(family, request.options),
-                    assets=assets.files,
+                    assets=beside.assets.files,
+                    in_jax=output.state.form is Form.PYTREE,
+                    known=known.facts,
+                    kept=known.kept if stays else {},
                 )
             )
-            files.update(companions.files)
+            files = {**(files if companions.assets is None else companions.assets), **companions.files}
             notes += [note for note in companions.notes if note not in notes]
         complete.append(output.with_files(files))
     return tuple(complete), notes

@@ -38,6 +38,7 @@ def record_text(job: Job, output: Output, place: Path, done: Iterable[Done], sum
         "layout": output.layout.name,
         "dtype": output.dtype,
         "scales": {name: scale.as_json() for name, scale in job.scales.items()},
+        "facts": {key: fact.as_json() for key, fact in job.facts.items()},
         "sizes": {axis: size for axis, size in sorted(job.inputs.sizes.items()) if axis != "1"},
         **({KEY: json.loads(output.header[KEY])} if KEY in output.header else {}),
         "sources": {

@@ -47,6 +47,8 @@ def _head(job: Job) -> Iterator[str]:
             yield f"             {family.unscaled}: 1, {family.runtime} applies no scale there"
         elif not job.scales and checkpoint.in_jax:
             yield f"lora scale   1: {family.runtime} applies no scale"
+    for fact in job.facts.values():
+        yield f"{family.noun:<12} {fact.kind.title}: {fact.text} ({fact.origin})"
     for note in job.notes:
         yield f"note         {note}"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from bridge.arrays import FLOAT32
-from bridge.checkpoint.assets import read_assets
+from bridge.checkpoint.known import Beside, read_beside
 from bridge.checkpoint.open import open_source
 from bridge.checkpoint.options import alphas_of
 from bridge.compare.shared import shared
@@ -43,6 +43,8 @@ class Verdict:
     checks: tuple[Check, ...]
     files: Mapping[str, bool] = field(default_factory=dict)
     """Files and records that were checked -> whether they match."""
+    facts: Mapping[str, bool] = field(default_factory=dict)
+    """What is in no weight and both sides state -> whether it is the same."""
     problems: tuple[Problem, ...] = ()
     """Failed checks, the worst first."""
     actions: Mapping[str, float] | None = None
@@ -82,6 +84,7 @@ class Verdict:
             "unused": dict(self.unused),
             "shared": {axis: {"compared": least, "of": most} for axis, (least, most) in self.shared.items()},
             "files": dict(self.files),
+            "facts": dict(self.facts),
             "actions": dict(self.actions) if self.actions is not None else None,
             "notes": list(self.notes),
             "problems": [{"cause": problem.cause, "fix": problem.fix} for problem in self.problems],
@@ -154,7 +157,10 @@ def verify(
             checked, trouble = check_record(checkpoint.source, known)
             files |= checked
             problems += trouble
-    checked, trouble = _asset_checks(a, b)
+    beside = read_beside(a.inputs), read_beside(b.inputs)
+    facts, trouble = _fact_checks(a, b, *beside)
+    problems += trouble
+    checked, trouble = _asset_checks(a, b, *beside, facts)
     files |= checked
     problems += trouble
     figures = None
@@ -167,6 +173,7 @@ def verify(
         model=model.name,
         checks=tuple(merged.values()),
         files=files,
+        facts=facts,
         problems=tuple(problems),
         actions=figures,
         unused={name: why for side in (a, b) for name, why in _unused(side).items()},
@@ -216,31 +223,58 @@ def _scales(side: Side, *, recorded: bool) -> tuple[str, ...]:
     )
 
 
-def _asset_checks(a: Side, b: Side) -> tuple[dict[str, bool], list[Problem]]:
-    """The files that travel with both sides, byte for byte."""
-    assets = b.inputs.weights.family.assets
-    if assets is None:
+def _asset_checks(
+    a: Side, b: Side, ours: Beside, theirs: Beside, facts: Mapping[str, bool]
+) -> tuple[dict[str, bool], list[Problem]]:
+    """The files that travel with both sides, byte for byte, but for those that state a fact of ``facts``."""
+    directory = b.inputs.weights.family.assets
+    if directory is None:
         return {}, []
-    ours, theirs = _assets(a), _assets(b)
-    same = {name: ours.get(name) == theirs.get(name) for name in sorted(ours.keys() | theirs.keys())}
+    left, right = ours.assets.files, theirs.assets.files
+    # what both sides state as a fact may stand in another file on either; a record is no such file
+    stated = {
+        origin: equal
+        for key, equal in facts.items()
+        for origins in [{each.known.facts[key].origin for each in (ours, theirs)}]
+        if RECORD not in origins
+        for origin in origins
+    }
+    names = sorted((left.keys() | right.keys()) - stated.keys())
+    same = {name: left.get(name) == right.get(name) for name in names}
     problems = []
     for name in (name for name, equal in same.items() if not equal):
-        lacking = next((s for s, files in ((a, ours), (b, theirs)) if name not in files), None)
+        lacking = next((s for s, files in ((a, left), (b, right)) if name not in files), None)
         where = lacking.checkpoint.source.root if lacking else b.checkpoint.source.root
         problems.append(
             Problem(
-                f"{where / name} {'is missing' if lacking else 'differs'}: {assets.matters}",
+                f"{where / name} {'is missing' if lacking else 'differs'}: {directory.matters}",
                 "copy the assets of the source beside the weights",
             )
         )
-    return same, problems
+    return same | {name: equal for name, equal in stated.items() if name in left or name in right}, problems
 
 
-def _assets(side: Side) -> Mapping[str, bytes]:
-    """The files that travel with a side: an adapter's own, else its base's."""
-    checkpoints = side.inputs.checkpoints.values()
-    found = (read_assets(checkpoint.source.root, checkpoint.family).files for checkpoint in checkpoints)
-    return next((files for files in found if files), {})
+def _fact_checks(a: Side, b: Side, ours: Beside, theirs: Beside) -> tuple[dict[str, bool], list[Problem]]:
+    """The facts that both sides state, and those that one lacks and cannot run without."""
+    checked: dict[str, bool] = {}
+    problems: list[Problem] = []
+    for key in dict.fromkeys((*ours.known.facts, *theirs.known.facts)):
+        left, right = ours.known.stated(key), theirs.known.stated(key)
+        if left is None or right is None or not left.kind.matters:
+            continue
+        checked[key] = left.kind.same(left.value, right.value)
+        if not checked[key]:
+            values = left.kind.contrast(left.value, right.value)
+            places = [side.checkpoint.source.root / fact.origin for side, fact in ((a, left), (b, right))]
+            problems.append(
+                Problem(
+                    f"the {left.kind.title} is {values[0]} in {places[0]}, but {values[1]} in {places[1]}",
+                    "see which of them the model was trained with, and convert again from that",
+                )
+            )
+    undecided = (*ours.known.damaged, *theirs.known.damaged)
+    problems += [each.problem for each in undecided if checked.get(each.kind.key, True)]
+    return checked, problems
 
 
 def _verify_record(path: str | Path) -> Verdict:

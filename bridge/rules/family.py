@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge.errors import Problem
 from bridge.plugins import load
+from bridge.rules.fact import Fact, FactTable
 from bridge.rules.model import Layout, Model, Sizes
 from bridge.rules.option import Option
 
@@ -37,13 +38,19 @@ class Facts:
     sizes: Sizes
     layout: Layout
     contents: str
-    """``"base"`` for weights, ``"lora"`` for an adapter."""
+    """``"base"`` for weights, ``"lora"`` for an adapter, ``"base+lora"`` for a pytree with LoRA leaves."""
     dtype: str
     """dtype of most weights."""
     settings: Mapping[str, Any]
     """The family's own options, by keyword: facts that only the user knows."""
     assets: Mapping[str, bytes]
     """Files that travel with the checkpoint, by path."""
+    in_jax: bool = False
+    """Whether the weights are a pytree, which has no layout of PyTorch names."""
+    known: Mapping[str, Fact] = field(default_factory=dict)
+    """The facts that are in no weight, by key: :attr:`Family.facts`."""
+    kept: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    """The source's own files where the layout stays: group -> name -> bytes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Companions:
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    assets: Mapping[str, bytes] | None = None
+    """What travels in place of the checkpoint's assets, by path; None leaves them as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,8 @@ class Family:
     assets: AssetDirectory | None = None
     directories: tuple[str, ...] = ()
     """Where its trainers put weights below a step or a run, the innermost first."""
+    facts: FactTable | None = None
+    """The facts that are in no weight."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """Options of its own, by keyword: a flag of ``bridge convert``, a keyword of :func:`bridge.plan`, and a
     value in :attr:`Facts.settings`."""

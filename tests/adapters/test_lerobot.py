@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load
 
 import bridge
-from bridge.adapters import lerobot
+from bridge.adapters import lerobot, policy_facts
 from bridge.adapters.openpi import FAMILY
 from tests.kit.checkpoints import pi0_tree, save
 
@@ -20,7 +20,7 @@ STATE_FILES = {
     "pi0": (f"{PRE}_step_6_normalizer_processor.safetensors", f"{POST}_step_0_unnormalizer_processor.safetensors"),
     "pi05": (f"{PRE}_step_3_normalizer_processor.safetensors", f"{POST}_step_0_unnormalizer_processor.safetensors"),
 }  # fmt: skip
-STATISTICS = {"pi0": ("mean", "std"), "pi05": ("q01", "q99")}
+STATISTICS = ("mean", "std", "q01", "q99")
 STATE, ACTION = 8, 7
 CAMERAS = [f"observation.images.{name}_rgb" for name in ("base_0", "left_wrist_0", "right_wrist_0")]
 
@@ -62,10 +62,15 @@ def facts(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Facts:
     layout = found.layout("lerobot")
     assert layout is not None
     changed = {axis.replace("__", "."): size for axis, size in sizes.items()}
-    stock = {**lerobot.STOCK, "projections.action": 32, "siglip.token": 256}
+    stock = {**lerobot.STOCK, "projections.action": 32, "siglip.token": 256, **changed}
+    reading = policy_facts.read(found, assets, {})
+    if reading.damaged:
+        raise bridge.Refusal(*(damage.problem for damage in reading.damaged))
+    known = {fact.kind.key: fact for fact in reading.facts}
     return bridge.Facts(
         model=found,
-        sizes={**stock, **changed},
+        sizes=stock,
+        known=known | {fact.kind.key: fact for fact in policy_facts.complete(found, stock, known)},
         layout=layout,
         contents="base",
         dtype="bfloat16",
@@ -75,7 +80,7 @@ def facts(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Facts:
 
 
 def made(model: str, assets: dict[str, bytes], **sizes: int) -> bridge.Companions:
-    return lerobot.companions(facts(model, assets, **sizes), 50)
+    return lerobot.companions(facts(model, assets, **sizes))
 
 
 def steps(companions: bridge.Companions, pipeline: str) -> dict[str, dict[str, Any]]:
@@ -196,7 +201,7 @@ def test_processor_files(model: str) -> None:
         } == {
             f"{feature}.{statistic}": ((size,), np.float32)
             for feature, size in (("observation.state", STATE), ("action", ACTION))
-            for statistic in STATISTICS[model]
+            for statistic in STATISTICS
         }
     assert made(model, asset(norm_stats())) == companions
 
@@ -219,7 +224,7 @@ def test_config_of_stock_dimensions(model: str) -> None:
 
 def test_config_knows_no_float16() -> None:
     half = dataclasses.replace(facts("pi0", {}), dtype="float16")
-    assert json.loads(lerobot.companions(half, 50).files["config.json"])["dtype"] == "float32"
+    assert json.loads(lerobot.companions(half).files["config.json"])["dtype"] == "float32"
 
 
 def test_odd_dimensions_have_processors_and_no_config() -> None:
@@ -231,7 +236,7 @@ def test_odd_dimensions_have_processors_and_no_config() -> None:
 def test_without_stats_there_are_no_processors() -> None:
     companions = made("pi0", {"assets/my_robot/readme.txt": b"", "assets/norm_stats.json": b"no asset id"})
     assert set(companions.files) == {"config.json"}
-    assert [note for note in companions.notes if f"no {PRE}.json" in note and "there is none" in note]
+    assert [note for note in companions.notes if f"no {PRE}.json" in note and "there are none" in note]
     config = json.loads(companions.files["config.json"])
     assert (list(config["input_features"]), config["output_features"]) == (CAMERAS, {})
 
@@ -241,7 +246,7 @@ def test_of_several_stats_none_is_chosen() -> None:
     companions = made("pi0", assets)
     assert set(companions.files) == {"config.json"}
     (note,) = (note for note in companions.notes if f"no {PRE}.json" in note)
-    assert "droid, physical-intelligence/libero" in note and "keep one of them" in note
+    assert "droid, physical-intelligence/libero" in note and "--asset-id" in note
 
 
 def test_an_asset_id_may_have_a_slash() -> None:
@@ -309,7 +314,7 @@ def test_malformed_stats_are_refused(model: str, change: Callable[[Any], Any], c
 
 @pytest.mark.parametrize("text", [b"", b"[", b"\xff", b"[" * 100_000])
 def test_stats_that_are_no_json_are_refused(text: bytes) -> None:
-    with pytest.raises(bridge.Refusal, match="is no JSON"):
+    with pytest.raises(bridge.Refusal, match="is not JSON" if text else "is empty"):
         made("pi0", {"assets/my_robot/norm_stats.json": text})
 
 

@@ -380,7 +380,7 @@ def test_nothing_speaks_of_another_models_parts(made: Made, tmp_path: Path) -> N
         ]
     spoken.append(bridge.plan(made["adapter"], None, to="orbax", base=made["base"]).text())
     text = "\n".join(spoken).replace("paligemma_with_expert", "")
-    assert not re.findall(r"(?i)horizon|expert|projections|\bpi0\b|\bpi05\b|PI0Pytorch", text)
+    assert not re.findall(r"(?i)expert|projections|\bpi0\b|\bpi05\b|PI0Pytorch", text)
     card = (
         bridge.plan(CHECKPOINT, None, to="peft-adapter", lora_alpha=ALPHA).output.files["README.md"].decode()
     )
@@ -389,14 +389,41 @@ def test_nothing_speaks_of_another_models_parts(made: Made, tmp_path: Path) -> N
     assert "PaliGemmaForConditionalGeneration.from_pretrained" in card
 
 
-def test_lerobot_files_that_would_be_guesses_are_left_out(made: Made) -> None:
+STEPS = [
+    "rename_observations_processor", "to_batch_processor", "relative_actions_processor", "normalizer_processor",
+    "pi0_fast_prepare_state_tokenizer_processor_step", "tokenizer_processor", "action_tokenizer_processor",
+    "device_processor",
+]  # fmt: skip
+
+
+def test_lerobots_processors_normalise_by_quantiles(made: Made) -> None:
+    """As openpi does; LeRobot's code has its sizes built in, so the config of others is left out."""
     plan = bridge.plan(CHECKPOINT, None, to="torch-merged", layout="lerobot", lora_alpha=ALPHA)
-    assert [note for note in plan.notes if note.startswith("no config.json or processors for LeRobot")]
+    assert [
+        note
+        for note in plan.notes
+        if note.startswith("no config.json: LeRobot knows only the sizes of gemma_2b, and")
+    ]
     assert "config.json" not in plan.output.files
+    steps = json.loads(plan.output.files["policy_preprocessor.json"])["steps"]
+    assert [step["registry_name"] for step in steps] == STEPS
+    assert steps[3]["config"]["norm_map"] == {
+        "VISUAL": "IDENTITY",
+        "STATE": "QUANTILES",
+        "ACTION": "QUANTILES",
+    }
+    # LeRobot would pad the state before it becomes words
+    assert steps[4]["config"] == {"max_state_dim": 8}
+    assert steps[5]["config"]["max_length"] == 250
     config = json.loads((made["adapter-lerobot"] / "config.json").read_text())
     assert config == {"type": "pi0_fast", "use_peft": True}
 
 
-def test_an_option_of_another_family_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"--action-horizon is an option of openpi, .* checkpoint of pi0_fast"):
-        bridge.plan(CHECKPOINT, None, to="torch-merged", lora_alpha=ALPHA, action_horizon=10)
+def test_the_horizon_is_openpis(tmp_path: Path) -> None:
+    plan = bridge.plan(CHECKPOINT, None, to="torch-merged", lora_alpha=ALPHA)
+    assert (plan.facts["action_horizon"].value, plan.facts["action_horizon"].assumed) == (32, True)
+    out = tmp_path / "out"
+    bridge.convert(CHECKPOINT, out, to="torch-merged", lora_alpha=ALPHA, action_horizon=10)
+    assert json.loads((out / "policy_facts.json").read_text())["action_horizon"] == 10
+    (out / "bridge.json").unlink()
+    assert bridge.plan(out, None, to="orbax").facts["action_horizon"].value == 10

@@ -215,16 +215,6 @@ def test_a_whole_model_with_lora_is_joined_as_base_and_adapter_are(
     assert trainers.same(joined, apart)
 
 
-def test_a_whole_model_is_described_without_its_alphas(tmp_path: Path, plain: Tensors) -> None:
-    described = bridge.describe(trainers.save(peft_whole(plain), tmp_path / "src"))
-    assert (described.state, described.problems) == ("peft-adapter[lora]", ())
-    lora = {part.name: part.lora for part in described.parts if part.lora}
-    assert {name: sorted(set(each["ranks"].values())) for name, each in lora.items()} == {
-        "paligemma": [2],
-        "expert": [3],
-    }
-
-
 def test_the_adapter_alone(tmp_path: Path, home: Path, plain: Tensors, expected_merge: Tensors) -> None:
     source = trainers.save(peft_whole(plain), tmp_path / "src")
     bridge.convert(source, tmp_path / "out", to="peft-adapter", lora_alpha=ALPHAS)

@@ -460,7 +460,9 @@ def test_an_adapters_own_norm_stats_outrank_its_bases(home: Home) -> None:
     _, adapter = home.adapter()
     stats = adapter / "assets" / "another_robot" / "norm_stats.json"
     stats.parent.mkdir(parents=True)
-    stats.write_text('{"norm_stats": {}}')
+    base = json.loads(next(home.base.glob("assets/*/norm_stats.json")).read_text())
+    base["norm_stats"]["state"]["mean"][0] += 1
+    stats.write_text(json.dumps(base))
     home.join(adapter, **NAMED)
 
 

@@ -56,7 +56,6 @@ VALUES: dict[str, Any] = {
     "lossy": True,
     "seed": 1,
     "value_suffix": True,
-    "action_horizon": 10,
     "action_dim": 9,
 }
 
@@ -285,7 +284,7 @@ def test_a_family_declares_its_own(register: Any, toy: Path, tmp_path: Path) -> 
     register("toy")
     shown = help_of("convert")
     assert "Models of toy:\n  --sugar N " in shown and "Lumps.  [default: 2]" in shown
-    assert "Models of openpi:\n  --action-horizon N " in shown
+    assert "Models of openpi and pi0_fast:\n  --action-horizon N " in shown
     for given in ({"sugar": 3}, {"settings": {"sugar": 3}}):
         plan = bridge.plan(toy, None, to="torch-merged", **given)
         assert plan.options["settings"] == {"sugar": 3}
@@ -313,7 +312,7 @@ def test_an_option_of_another_family_is_refused(register: Any, toy: Path, source
     register("toy")
     with pytest.raises(
         bridge.Refusal,
-        match=r"--action-horizon is an option of openpi, and this is a checkpoint of toy\n.*leave --action-horizon out",
+        match=r"--action-horizon is an option of openpi and pi0_fast, and this is a checkpoint of toy\n.*leave --a",
     ):
         bridge.plan(toy, None, to="torch-merged", action_horizon=10)
     with pytest.raises(

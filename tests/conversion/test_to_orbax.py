@@ -650,7 +650,6 @@ def test_values_too_large_for_the_dtype_are_refused(pi0: tuple[Tree, Path], tmp_
     ("options", "says"),
     [
         ({"layout": "lerobot"}, r"--layout has no effect with --to orbax"),
-        ({"action_horizon": 10}, r"--action-horizon has no effect with --to orbax"),
         ({"keep_alpha": True}, r"--keep-alpha has no effect with --to orbax"),
         ({"with_base": True}, r"--with-base has no effect with --to orbax"),
         ({"modules_to_save": True}, r"--modules-to-save has no effect with --to orbax"),

@@ -467,9 +467,42 @@ def _config(data: bytes, scratch: Path) -> None:
 
 
 def _norm_stats(data: bytes, scratch: Path) -> None:
-    from bridge.adapters import lerobot
+    from bridge.adapters import norm_stats
 
-    lerobot._read("norm_stats.json", data, ("mean", "std", "q01", "q99"))
+    norm_stats.read("norm_stats.json", data, ("mean", "std", "q01", "q99"))
+
+
+def _policy_files(data: bytes, scratch: Path) -> None:
+    """Every small file of a policy, as one text; and each alone."""
+    from bridge.adapters import policy_facts
+    from bridge.rules.family import families
+
+    model = next(family.models[0] for family in families() if family.name == "openpi")
+    names = [name for name in policy_facts.TABLE.files if "*" not in name]
+    for files in (names, *([name] for name in names)):
+        reading = policy_facts.read(model, dict.fromkeys(files, data), {})
+        for fact in reading.facts:
+            assert fact.text is not None and json.dumps(fact.as_json())
+
+
+def _policy_seeds() -> list[bytes]:
+    normalizer = {"norm_map": {"STATE": "MEAN_STD", "ACTION": "QUANTILES"}}
+    step = {
+        "registry_name": "normalizer_processor",
+        "config": normalizer,
+        "state_file": "policy_preprocessor.json",
+    }
+    rename = {"registry_name": "rename_observations_processor", "config": {"rename_map": {"a": "b"}}}
+    camera = {"observation.images.top": {"type": "VISUAL", "shape": [3, 2, 2]}}
+    config = {"type": "pi0", "chunk_size": 10, "input_features": camera, "image_resolution": [2, 2]}
+    facts = {
+        "action_horizon": 10,
+        "cameras": ["top"],
+        "norm_method": "quantiles",
+        "dataset": {"repo_id": "a/b"},
+    }
+    trees = ({"steps": [step, rename]}, config, facts, {"model_type": "pi0", "chunk_size": 10})
+    return [json.dumps(each).encode() for each in trees]
 
 
 def _norm_stats_seeds() -> list[bytes]:
@@ -557,6 +590,11 @@ TARGETS: dict[str, Target] = {
         _config,
         lambda: [b'{"type": "pi0", "paligemma_variant": "gemma_2b"}', b'{"vlm_config": {"hidden_size": 3}}'],
         _json_words("type", "vlm_config", "hidden_size", "dit_config"),
+    ),
+    "policy_files": Target(
+        _policy_files,
+        _policy_seeds,
+        _json_words("steps", "registry_name", "state_file", "norm_map", "STATE", "type", "chunk_size", "shape"),
     ),
     "norm_stats": Target(_norm_stats, _norm_stats_seeds, _json_words("norm_stats", "state", "mean", "std")),
 }  # fmt: skip

@@ -12,6 +12,7 @@ FLOORS = [
     {"rules", "formats", "peft"},
     {"lora"},
     {"stream", "publish"},
+    {"facts"},
     {"checkpoint"},
     {"compare"},
     {"proof"},

@@ -7,6 +7,8 @@ import safetensors.torch
 
 from tests.kit.golden import EMBED_TOKENS, LM_HEAD, TRANSFORMERS, State
 
+STATS = {"mean": [0.5], "std": [2.0], "q01": [-1.0], "q99": [1.0]}
+
 
 def named(state: State, layout: str) -> State:
     """The same tensors as a layout's own library saves them."""
@@ -39,5 +41,5 @@ def write(state: State, directory: Path, *, shards: int = 1, assets: bool = True
     if assets:
         stats = directory / "assets" / "my_robot" / "norm_stats.json"
         stats.parent.mkdir(parents=True)
-        stats.write_text('{"norm_stats": {"state": {"mean": [0.5]}}}')
+        stats.write_text(json.dumps({"norm_stats": dict.fromkeys(("state", "actions"), STATS)}))
     return directory

@@ -1,0 +1,1 @@
+"""Facts of a trained model that are in no weight: one value each, with its origin."""
