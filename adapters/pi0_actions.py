@@ -73,6 +73,7 @@ def _sample(model: Any, recorded: Mapping[str, np.ndarray]) -> np.ndarray:
 
 IN_TRANSFORMERS = FullModel(
     runtime="transformers",
+    needs=("torch", "transformers:PI0Config", "transformers:PI0ForConditionalGeneration"),
     layout="transformers",
     models=frozenset({"pi0"}),
     inputs=frozenset({"state", "tokenized_prompt", "tokenized_prompt_mask", "noise", "actions"}),

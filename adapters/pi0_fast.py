@@ -191,6 +191,7 @@ def _logits(model: Any, recorded: Mapping[str, np.ndarray]) -> np.ndarray:
 
 IN_TRANSFORMERS = FullModel(
     runtime="transformers",
+    needs=("torch", "transformers:PaliGemmaForConditionalGeneration"),
     layout="transformers",
     models=frozenset({"pi0_fast"}),
     inputs=frozenset({"tokens", "prefix_mask", "prefix_ar_mask", "camera_order", "logits"}),

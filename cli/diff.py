@@ -11,7 +11,7 @@ import click
 from bridge.checkpoint.options import SourceOptions
 from bridge.display import scientific
 
-from .options import Command, options
+from .options import Command, options, report_option
 from .show import common, emit, progress, say, table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @options(SourceOptions)
 @click.option("--changed-only", is_flag=True, help="Leave out weights that are equal.")
 @click.option("--only", type=click.Choice(["changed"]), hidden=True)
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
+@report_option
 @common
 def diff(
     a: str,

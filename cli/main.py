@@ -147,6 +147,9 @@ def _problems(error: Exception) -> tuple[Problem, ...]:
         said = str(error).splitlines()[0] if str(error) else "no more can be had"
         fix = "raise the limit on memory (ulimit -v), use --workers 1, or a machine with more"
         return (Problem(f"out of memory: {said}", fix),)
+    if isinstance(error, ImportError):
+        cause = f"{error.name or 'a package'} cannot be imported, and this needs it: {error}"
+        return (Problem(cause, f"install it: pip install {error.name or 'openpi-bridge'}"),)
     return (
         Problem(
             f"{type(error).__name__}: {error} (internal error in bridge; please report it)",

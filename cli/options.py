@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -27,6 +30,20 @@ class Command(click.Command):
         groups[GENERAL] = groups.pop(GENERAL)
         for group, records in groups.items():
             write_section(formatter, group, records)
+
+
+def report_option(command: F) -> F:
+    """The option ``--report``. What would keep it from being written is said before the work, not after it."""
+
+    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise click.BadParameter(f"{path.parent} is not a directory that can be written to", ctx, param)
+        if path is not None and find_spec("matplotlib") is None:
+            raise click.BadParameter("matplotlib is not installed: pip install matplotlib", ctx, param)
+        return path
+
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--report", type=kind, callback=check, help="Write an HTML report.")(command)
 
 
 def write_section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:

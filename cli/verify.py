@@ -11,7 +11,7 @@ import click
 from bridge.display import scientific
 from bridge.proof.options import CHECKS, VerifyOptions
 
-from .options import Command, GroupedOption, options
+from .options import Command, GroupedOption, options, report_option
 from .show import common, emit, progress, say, style, table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SHOWN = 12
     is_flag=True,
     help="Also run the whole model on a recorded input, and compare its output with --reference.",
 )
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report.")
+@report_option
 @common
 def verify(
     src: str, dst: str | None, full_model: bool, report: Path | None, as_json: bool, **options: Any

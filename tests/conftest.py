@@ -13,8 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Asserts in what tests share show what they compared, as those of the tests do.
 pytest.register_assert_rewrite("tests.kit", "tests.faults")
 
-# Under nohup a hang-up is ignored, and so it would be in every process that the tests start and hang up on.
+# Under nohup a hang-up is ignored, and an interrupt in the background of a shell (`make test &`); so they would be in
+# every process that the tests start and signal.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bridge.checkpoint.checkpoint import WeightsCheckpoint
@@ -30,6 +31,8 @@ from bridge.checkpoint.sizes import (
 from bridge.display import with_article
 from bridge.errors import Problem
 from bridge.formats.contract import Source
+from bridge.formats.view import View
+from bridge.publish.record import RECORD
 
 
 def understand_weights(
@@ -90,8 +93,10 @@ def _as_weights(source: Source, fit: Fit, opening: Opening) -> tuple[WeightsChec
     problems += located(source, [*gaps, *disagreements])
     too_many = count_problems(source, model, sizes)
     problems += too_many or absence_problems(source, model, stored, sizes)
+    doubts, notes = ([], []) if problems else _config_doubts(source, fit, seen, opening)
+    problems += located(source, doubts)
     weights = WeightsCheckpoint(
-        source=source,
+        source=View.of(source, {name: name for name in source.specs}, *notes) if notes else source,
         family=fit.family,
         model=model,
         layout=fit.layout,
@@ -131,3 +136,40 @@ def _solve(
         if not trouble:
             sizes, known = solved, more
     return sizes, [], faults
+
+
+def _config_doubts(
+    source: Source, fit: Fit, seen: list[Dimension], opening: Opening
+) -> tuple[list[Problem], list[str]]:
+    """Sizes that tensors leave open, and that a ``config.json`` gives as nobody else does.
+
+    Returns:
+        Problems: bridge recorded another beside the weights. Notes: the stock model, which fits, has another.
+    """
+    model, beside = fit.model, source.metadata.get("config.json")
+    if fit.family.known_sizes is None or not isinstance(beside, dict):
+        return [], []
+    sizes, _ = solve(seen, model)
+    told, _ = told_sizes(opening, fit.family, model, sizes)
+    undecided = axes_of(model) - sizes.keys() - told.keys()
+
+    def of_these(known: Mapping[str, int]) -> dict[str, int]:
+        named = {model.canonical.get(axis, axis): size for axis, size in known.items()}
+        return {axis: size for axis, size in named.items() if axis in undecided}
+
+    config, record = of_these(fit.family.known_sizes(beside)), of_these(recorded_sizes(source.root))
+    stock = of_these(model.stock)
+    problems = [
+        Problem(
+            f"config.json has {axis} {size}, and {RECORD} {record[axis]}",
+            f"restore the config.json that was written with the weights, or add --size {axis}=N",
+        )
+        for axis, size in config.items()
+        if record.get(axis, size) != size
+    ]
+    fits = not solve(seen, model, stock)[1]
+    return problems, [
+        f"config.json has {axis} {size}; the {model.name} whose other sizes are these has {stock[axis]}"
+        for axis, size in config.items()
+        if fits and axis not in record and stock.get(axis, size) != size
+    ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import Problem
+from bridge.peft.fields import unloadable
 from bridge.peft.patterns import SECONDS, Clock
 from bridge.peft.targets import RESTORE, Targets, read_targets
 from bridge.rules.names import Segment, Template
@@ -100,6 +101,8 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
                 f"{name} is {shown(value)}, which bridge does not convert",
                 MERGE,
             )
+    for name, words in unloadable(config):
+        refuse(f"{name} is {shown(config[name])}, and PEFT takes {words} there", RESTORE)
     if config.get("bias", "none") != "none":
         refuse(
             f"bias is {shown(config['bias'])}: trained biases would be lost",
@@ -167,7 +170,8 @@ def _number(value: object) -> bool:
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, (int, float)) and _number(value) and int(value) == value and value >= 1
+    # PEFT takes no float for a rank, not even a whole one
+    return isinstance(value, int) and _number(value) and value >= 1
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from bridge.compare.sides import Side
-from bridge.errors import Problem, Refusal
+from bridge.errors import Problem, Refusal, refuse_if
 from bridge.rules.family import FullModel
 
 
@@ -22,7 +24,7 @@ def runnable(dst: str | Path, side: Side) -> FullModel:
 
     Raises:
         Refusal: there is none for its model, for a pytree, or for an adapter that names modules of
-            another layout's network.
+            another layout's network; or it is not installed, or too old.
     """
     family, model = side.inputs.weights.family, side.inputs.model.name
     known = next((each for each in family.full_models if model in each.models), None)
@@ -43,20 +45,41 @@ def runnable(dst: str | Path, side: Side) -> FullModel:
                 f"convert it with --layout {known.layout}, or leave --full-model out",
             )
         )
+    needs = (*known.needs, *(("peft",) if side.inputs.base is not None else ()))
+    refuse_if((problem for need in needs for problem in _absent(need)), Refusal)
     return known
 
 
+def _absent(need: str) -> Iterator[Problem]:
+    """The problem of a ``module:name`` that cannot be imported, if it cannot."""
+    package, _, name = need.partition(":")
+    try:
+        module = import_module(package)
+        if not name or hasattr(module, name):
+            return
+        cause = f"--full-model needs {name}, which {package} {getattr(module, '__version__', '')} lacks"
+        yield Problem(cause, f"install a newer {package}, or leave --full-model out")
+    except ImportError as error:
+        cause = f"--full-model needs {package}, which cannot be imported: {error}"
+        yield Problem(cause, f"install {package}, or leave --full-model out")
+
+
+def read_recording(full: FullModel, reference: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a recording. Raises Refusal: it is no recording, or lacks an array."""
+    recorded = _recorded(reference)
+    if missing := sorted(full.inputs - recorded.keys()):
+        raise Refusal(Problem(f"{reference} lacks {', '.join(missing)}", full.record_with))
+    return recorded
+
+
 def compare_outputs(
-    full: FullModel, dst: str | Path, side: Side, reference: str | Path
+    full: FullModel, dst: str | Path, side: Side, recorded: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, float], list[Problem]]:
     """Run the destination in float32, and compare its output with the recorded one.
 
     Raises:
-        Refusal: the runtime does not load all weights, or the reference lacks an array.
+        Refusal: the runtime does not load all weights.
     """
-    recorded = _recorded(reference)
-    if missing := sorted(full.inputs - recorded.keys()):
-        raise Refusal(Problem(f"{reference} lacks {', '.join(missing)}", full.record_with))
     allowed = full.allowed
     if any(spec.dtype.itemsize < 4 for spec in side.inputs.weights.source.specs.values()):
         allowed = full.allowed_narrow

@@ -29,7 +29,7 @@ import xxhash
 
 from bridge.arrays import raw
 from bridge.checkpoint.inputs import Inputs
-from bridge.errors import Problem, ProofFailed, Refusal, refuse_if
+from bridge.errors import Problem, ProofFailed, Refusal, ValueRefused, refuse_if
 from bridge.formats.disk.location import Location
 from bridge.formats.safetensors.peft import CONFIG, open_peft
 from bridge.formats.safetensors.torch import TorchSource
@@ -46,7 +46,7 @@ from bridge.proof.peft_skeleton import (
 )
 from bridge.publish.record import RECORD
 from bridge.rules.equation import Index
-from bridge.rules.names import numberless
+from bridge.rules.names import grouped, numberless
 from bridge.rules.rule import Rule
 from bridge.stream.factor_writers import AdapterWriter, Pair
 from bridge.stream.output import Output
@@ -113,6 +113,8 @@ class Check:
     what: str
     error: float
     allowed: float
+    finite: bool = True
+    """Whether the factors are that PEFT loaded: an error that is not finite is then one of arithmetic."""
 
 
 PRODUCT, OUTPUT = "the product of the factors", "the output"
@@ -131,6 +133,7 @@ def prove_adapter(
         importing: from :func:`import_peft`, where it was called earlier.
 
     Raises:
+        ValueRefused: factors are too large for the runtimes' arithmetic.
         ProofFailed: with every failed check.
     """
     began = time.perf_counter()
@@ -161,6 +164,24 @@ def prove_adapter(
         problems += reexport_problems(directory, model)
         problems += base_problems(directory, model)
         checks = _checks(output, inputs, workers, layers)
+    overflows = grouped(
+        dict.fromkeys(
+            check.module
+            for check in checks
+            if check.what == OUTPUT and check.finite and not math.isfinite(check.error)
+        )
+    )
+    refuse_if(
+        [
+            Problem(
+                f"{inputs.source.source.location}: the factors of {module} overflow float32 where they are applied",
+                "training diverged, or alpha is wrong: convert an earlier step",
+            )
+            for module in overflows
+            if not problems
+        ],
+        ValueRefused,
+    )
     problems += [
         Problem(
             f"{directory}: {check.what} of {check.module} is off by {check.error:.1e} (allowed {check.allowed:.1e})",
@@ -358,7 +379,8 @@ def _module_checks(
     x = torch.from_numpy(generator.standard_normal((TOKENS, lora_A.shape[1]), dtype=np.float32))
     output = layer(x).double()
     error = _relative(output, _runtime_output(rule, factors, x.double()))
-    yield Check(module, OUTPUT, error, SPREAD * allowed)
+    finite = bool(lora_A.isfinite().all() and lora_B.isfinite().all())
+    yield Check(module, OUTPUT, error, SPREAD * allowed, finite)
     error = _relative(output, x.double() @ lora_A.T @ lora_B.T)
     yield Check(module, "the output, by its own factors,", error, ROUNDING)
 

@@ -12,6 +12,7 @@ import json
 import threading
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ FIX = "this is a fault of bridge or of the installed PEFT: report it with the ou
 
 
 def import_peft() -> threading.Thread:
-    """Start importing PEFT, which takes seconds, while something else is done."""
+    """Start importing PEFT, which takes seconds, while something else is done.
+
+    Raises:
+        ProofFailed: it is not installed.
+    """
+    for package in ("torch", "peft"):
+        if find_spec(package) is None:
+            cause = f"an adapter is proven by PEFT before it is published, and {package} is not installed"
+            raise ProofFailed(Problem(cause, f"install it: pip install {package}"))
 
     def load() -> None:
         # what is wrong with the installation shows, and is said, where PEFT is used

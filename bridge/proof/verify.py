@@ -25,7 +25,7 @@ from bridge.compare.sides import Side, open_sides, same_model, walk
 from bridge.errors import Problem, Refusal
 from bridge.formats.disk.location import Location
 from bridge.proof.checks import EPSILON, Check, Checker
-from bridge.proof.full_model import compare_outputs, runnable
+from bridge.proof.full_model import compare_outputs, read_recording, runnable
 from bridge.proof.options import VerifyOptions
 from bridge.proof.runtimes import runtimes
 from bridge.publish.record import RECORD, check_record, check_whole, read_record
@@ -137,6 +137,7 @@ def verify(
     a, b, cut = shared(*open_sides(src, dst, options))
     model = same_model(a, b)
     full_model = None if reference is None else runnable(dst, b)
+    recorded = None if reference is None or full_model is None else read_recording(full_model, reference)
     checker = Checker(a, b, options["rtol"], options["seed"])
     with runtimes() if checker.needs_runtimes else nullcontext():
         walked = walk(a, b, checker, workers=options["workers"], progress=progress)
@@ -164,8 +165,8 @@ def verify(
     files |= checked
     problems += trouble
     figures = None
-    if reference is not None and full_model is not None:
-        figures, trouble = compare_outputs(full_model, dst, b, reference)
+    if recorded is not None and full_model is not None:
+        figures, trouble = compare_outputs(full_model, dst, b, recorded)
         problems += trouble
     return Verdict(
         source=str(a.checkpoint.source.location),

@@ -80,6 +80,8 @@ class FullModel:
 
     runtime: str
     """The library, for messages."""
+    needs: tuple[str, ...] = ()
+    """What it is run with, each as ``module:name``: checked before anything else is done."""
     layout: str
     """The layout whose modules are named as in the runtime's network."""
     models: frozenset[str]

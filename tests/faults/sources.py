@@ -603,7 +603,7 @@ def broken_adapter(change: Any) -> Provoke:
 def configured(**changes: Any) -> Provoke:
     def change(directory: Path) -> None:
         file = directory / "adapter_config.json"
-        text = changes.pop("text", None)
+        text = changes.get("text")
         described = {**json.loads(file.read_text()), **changes}
         file.write_bytes(text if text is not None else json.dumps(described).encode())
 

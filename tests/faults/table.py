@@ -236,9 +236,30 @@ def check(fault: Fault, scene: Scene) -> None:
         fixes = [line for line in ran.err.splitlines() if line.startswith("  fix: ")]
         assert errors and len(errors) == len(fixes), ran.err
         assert all(len(line) < 1000 for line in errors), ran.err
+    check_lines(ran)
+    if expect.code == 0:
+        check_published(scene.dst, scene.tmp)
     assert after == before, "the source, the old output, or what lies beside them has changed"
     assert set(threading.enumerate()) <= threads, "threads outlive the command"
     expect.also(scene, ran)
+
+
+def check_lines(ran: Ran) -> None:
+    """Whatever is said is said in lines: a problem in two, and nothing of a name starts a third."""
+    lines = ran.err.splitlines()
+    assert ran.err.replace("\n", "").isprintable(), repr(ran.err)
+    if ran.code == 1:
+        assert all(line.startswith(("error: ", "  fix: ", "  note: ")) for line in lines), ran.err
+        first = [line for line in lines if not line.startswith("  note: ")]
+        assert [line[:7] for line in first] == ["error: ", "  fix: "] * (len(first) // 2), ran.err
+
+
+def check_published(output: Path, home: Path) -> None:
+    """What is published tells nothing of the machine that it was made on."""
+    told = [os.fsencode(word) for word in (str(home), f"{Path.home()}/")]
+    for file in output.rglob("*"):
+        data = file.read_bytes() if file.is_file() else b""
+        assert not [word for word in told if word in data], file
 
 
 def run_here(arguments: list[str]) -> Ran:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,9 @@ import pytest
 import bridge
 from tests.kit import checkpoints
 from tests.kit.digest import digest
+
+#: seconds after which a process does not end by itself, however busy the machine: what it waits for takes an hour
+PATIENCE = 250
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -31,7 +33,7 @@ WAITS = """
 inner = runner.run_steps
 def run_steps(*arguments, **keywords):
     print("running", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 runner.run_steps = run_steps
 """
 #: so does the removal of what was begun
@@ -40,7 +42,7 @@ STUCK = (
     + """
 def remove(path):
     print("removing", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 publish._remove = remove
 """
 )
@@ -53,7 +55,7 @@ runner.peak_memory = peak_memory
 #: a thread of a library that nothing can stop
 THREAD = """
 def run_steps(*arguments, **keywords):
-    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Thread(target=time.sleep, args=(3600,)).start()
     raise OSError(5, "Input/output error")
 runner.run_steps = run_steps
 """
@@ -86,9 +88,9 @@ def wait_for(process: Started, word: str) -> None:
     assert any(line.strip() == word for line in process.stdout), process.stderr
 
 
-def end(process: Started, within: float = 20) -> str:
-    """What it says last. It would wait for a minute."""
-    return process.communicate(timeout=within)[1]
+def end(process: Started) -> str:
+    """What it says last. What keeps it alive would do so until it is killed, and this test with it."""
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 @pytest.mark.parametrize("number", STATUS)
@@ -128,10 +130,8 @@ def test_what_is_written_is_not_denied(started: Started, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("started", [THREAD], indirect=True, ids=["thread"])
 def test_a_thread_does_not_keep_a_failed_process_alive(started: Started, tmp_path: Path) -> None:
-    began = time.monotonic()
     said = end(started)
     assert started.returncode == 1 and "Input/output error" in said
-    assert time.monotonic() - began < 20
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,7 +160,7 @@ def test_two_runs_at_once_one_wins_whole(step: Path, tmp_path: Path) -> None:
     runs = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) for _ in "ab"
     ]
-    said = [run.communicate(timeout=60)[1] for run in runs]
+    said = [run.communicate(timeout=PATIENCE)[1] for run in runs]
     codes = [run.returncode for run in runs]
     assert sorted(codes) == [0, 1], said
     loser = said[codes.index(1)]

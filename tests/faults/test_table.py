@@ -21,6 +21,15 @@ def test_fault_of_a_source(fault: Fault, scene: Scene) -> None:
         check(fault, scene)
 
 
+#: rows of the sample whose fault does not show in names, shapes and dtypes, which is all that inspect reads, or only
+#: in a conversion -> exit status of inspect, verify and diff
+SEEN_LATER = {
+    "09 burst of damage in the data: of zeros": (0, 1, 1),
+    "10 zstd stream too short, too long, or a bomb: too little, size not told": (0, 1, 1),
+    "23 finite values that overflow a cast: bfloat16": (0, 1, 0),
+}
+
+
 @pytest.mark.parametrize(
     "fault", [fault for fault in provoked(sources.ROWS)[::9] if fault.values[0].expect.code]
 )
@@ -28,10 +37,20 @@ def test_who_only_looks_is_told_as_well(fault: Fault, scene: Scene) -> None:
     """inspect, verify and diff read by the same readers, and end the same way: here, a sample of the rows."""
     assert fault.provoke is not None
     fault.provoke(scene)
-    for arguments in (["inspect"], ["inspect", "--json"], ["verify"], ["diff", os.fspath(scene.src)]):
+    inspects, verifies, differs = SEEN_LATER.get(fault.name, (1, 1, 1))
+    for arguments, code in (
+        (["inspect"], inspects),
+        (["inspect", "--json"], inspects),
+        (["verify"], verifies),
+        (["diff", os.fspath(scene.src)], differs),
+    ):
         ran = run_here([*arguments, os.fspath(scene.src)])
-        assert ran.code in (0, 1), ran
+        assert ran.code == code, (arguments, ran)
         assert "internal error in bridge" not in ran.err and "Traceback" not in ran.err, ran.err
+
+
+def test_the_sample_has_the_rows_that_are_told_apart() -> None:
+    assert SEEN_LATER.keys() <= {fault.values[0].name for fault in provoked(sources.ROWS)[::9]}
 
 
 def test_every_number_has_a_row() -> None:

@@ -32,7 +32,7 @@ def in_rules(change: Callable[[bridge.Rule], bridge.Rule]) -> Plant:
         known = families()
         mutants = tuple(map(altered, known))
         assert mutants != known, "nothing was planted"
-        for reader in ("match", "peft_set"):
+        for reader in ("match", "adapter_model"):
             patch.setattr(f"bridge.checkpoint.{reader}.families", lambda: mutants)
 
     return plant
