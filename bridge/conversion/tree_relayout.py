@@ -84,7 +84,7 @@ def build_relaid_tree(request: Request) -> Built:
     steps += ranked
     output = Output(
         state=request.target,
-        layout=inputs.model.layouts[0],
+        layout=inputs.model.written[0],
         dtype=request.dtype,
         steps=tuple(steps),
         specs=collect(inputs.model.name, tuple(steps)),

@@ -672,10 +672,6 @@ TENSORS = {
         r"lora_magnitude_vector does not belong to any pi0 module", add(f"{DOWN}.lora_magnitude_vector", 13)
     ),
     "a stray bias": Row(r"lora_B\.bias does not belong to any pi0 module", add(f"{DOWN}.lora_B.bias", 13)),
-    "an adapter's name in a key": Row(
-        r"lora_A\.default\.weight does not belong to any pi0 module",
-        rename(f"{DOWN}{A}", f"{DOWN}.lora_A.default.weight"),
-    ),
     "an embedding": Row(
         r"lora_embedding_A does not belong to any pi0 module",
         add(f"{PREFIX}{golden.PALIGEMMA}.model.language_model.embed_tokens.lora_embedding_A", 5, 29),

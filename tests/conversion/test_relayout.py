@@ -58,6 +58,8 @@ def test_every_tensor_keeps_dtype_and_bits(first: str, second: str, mixed: State
     plan = bridge.plan(source, tmp_path / "there", to="torch-merged", layout=second)
     assert [edge.name for edge in plan.route] == ["relayout"]
     assert plan.loss.name == "EXACT"
+    reads = [name for step in plan.steps for _, name in step.reads]
+    assert len(reads) == len(set(reads)) == len(mixed)
     plan.run()
     assert not golden.differing(named(mixed, second), golden.read(tmp_path / "there"))
     bridge.convert(tmp_path / "there", tmp_path / "back", to="torch-merged", layout=first)

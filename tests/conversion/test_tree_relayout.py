@@ -81,6 +81,11 @@ def test_larger_ranks_compute_the_same(tmp_path: Path) -> None:
     ranks = {leaf.shape[-1] for name, leaf in wide.items() if name.endswith("lora_a")}
     assert ranks == set(STOCK.values())
     assert off(wide, {"paligemma": 1.0, "expert": 1.0}) < 1e-6 < off(wide, PI0.scales)
+    # and can be trained: of no component are both factors zero, which would give neither a gradient
+    assert any("--seed 0" in note for note in plan.notes)
+    for name in (name for name in wide if name.endswith("lora_a")):
+        a, b = wide[name], wide[f"{name[:-1]}b"]
+        assert not (~a.any(axis=-2) & ~b.any(axis=-1)).any()
 
     # each side by its own record, and what is given is the alpha before
     for options in ({}, PI0.options):
