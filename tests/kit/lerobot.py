@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.kit import golden
+import bridge
+from tests.kit import golden, transformers_pi0
 from tests.kit.checkpoints import Array
 
 SCRIPT = Path(__file__).with_name("lerobot_runtime.py")
@@ -37,6 +39,9 @@ STOCK = {
     "siglip.width": 72, "siglip.layer": 2, "siglip.hidden": 104, "siglip.head": 4, "siglip.rows": 14,
 }  # fmt: skip
 
+#: what openpi adds to every divisor
+EPS = 1e-6
+
 
 @contextlib.contextmanager
 def tiny() -> Iterator[None]:
@@ -54,10 +59,10 @@ class Runtime:
     jobs: list[dict[str, Any]] = field(default_factory=list, repr=False)
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def add(self, name: str, do: str, policy: Path, recorded: Path, *arguments: str) -> None:
+    def add(self, name: str, do: str, policy: Path, recorded: Path | None, *arguments: str) -> None:
         """Plan a job: "act" and "logits" on a recorded input, "train" one step with arguments of lerobot-train."""
-        job = {"policy": str(policy), "recorded": str(recorded), "output": str(self.home / "trained" / name)}
-        self.jobs.append({"name": name, "do": do, "arguments": arguments, **job})
+        job = {"policy": str(policy), "output": str(self.home / "trained" / name), "arguments": arguments}
+        self.jobs.append({"name": name, "do": do, "recorded": str(recorded) if recorded else None, **job})
 
     def run(self, python: str) -> None:
         told = {"sizes": SIZES, "tokenizer": str(TOKENIZER), "jobs": self.jobs}
@@ -87,3 +92,42 @@ class Runtime:
         """The directory of a training run, named as its users name it."""
         assert self.report[name] is None, self.report[name]
         return self.home / "trained" / name
+
+
+def openpi_actions(source: Path, home: Path, recorded: Mapping[str, Array], **options: Any) -> Array:
+    """What openpi makes of a policy that LeRobot saved: its leaves and its norm stats, in stock transformers.
+
+    Args:
+        source: the policy.
+        home: a directory for what is converted.
+        recorded: LeRobot's input: the raw observation, the prompt's tokens and the noise.
+        options: of the conversion to JAX.
+
+    Returns:
+        Unnormalised actions (horizon, dimensions of the robot).
+    """
+    bridge.convert(source, home / "orbax", to="orbax", **options)
+    bridge.convert(home / "orbax", home / "torch", to="torch-merged", layout="transformers", dtype="float32")
+    (stored,) = (home / "orbax").glob("assets/**/norm_stats.json")
+    state, actions = (
+        {name: np.array(json.loads(stored.read_text())["norm_stats"][key][name]) for name in ("mean", "std")}
+        for key in ("state", "actions")
+    )
+    # openpi, transforms.py: Normalize, PadStatesAndActions, Unnormalize
+    normalised = (recorded["ex/observation/state"] - state["mean"]) / (state["std"] + EPS)
+    width = recorded["noise"].shape[1]
+    observation = {
+        "state": np.pad(normalised, (0, width - len(normalised)))[None].astype(np.float32),
+        "noise": recorded["noise"][None],
+        "tokenized_prompt": recorded["tokens"][None],
+        "tokenized_prompt_mask": recorded["token_mask"][None],
+    }
+    for camera, key in (("base_0_rgb", "image"), ("left_wrist_0_rgb", "wrist_image")):
+        observation[f"image/{camera}"] = recorded[f"ex/observation/{key}"][None] / np.float32(255) * 2 - 1
+        observation[f"image_mask/{camera}"] = np.array([True])
+    sampled = transformers_pi0.sample_actions(
+        transformers_pi0.load(home / "torch", torch.float32), observation
+    )
+    robot = len(actions["mean"])
+    unnormalised: Array = sampled[0, :, :robot] * (actions["std"] + EPS) + actions["mean"]
+    return unnormalised

@@ -65,13 +65,18 @@ class Tokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def tokenize_actions(actions: torch.Tensor) -> list[list[int]]:
+    """In the place of pi0-FAST's action tokenizer: the first actions in steps of a hundredth."""
+    return [((row.flatten()[:16].clip(-1, 1) + 1) * 100).int().tolist() for row in actions]
+
+
 class Served:
     """In the place of transformers' AutoTokenizer and AutoProcessor: one object, whatever the name."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def from_pretrained(self, name: str, **_: object) -> Tokenizer:
+    def from_pretrained(self, name: str, **_: object) -> Any:
         return self.tokenizer
 
 
@@ -101,7 +106,7 @@ def shrink(sizes: Mapping[str, Any]) -> None:
 def serve(tokenizer: Tokenizer) -> None:
     fast = importlib.import_module("lerobot.policies.pi0_fast.modeling_pi0_fast")
     for module in (tokenizer_processor, fast):
-        module.AutoTokenizer = module.AutoProcessor = Served(tokenizer)
+        module.AutoTokenizer, module.AutoProcessor = Served(tokenizer), Served(tokenize_actions)
 
 
 def make_dataset(root: Path) -> LeRobotDataset:
@@ -183,7 +188,7 @@ def act(job: Mapping[str, Any], dataset: LeRobotDataset) -> dict[str, np.ndarray
 
 
 def train(job: Mapping[str, Any], dataset: LeRobotDataset) -> dict[str, np.ndarray]:
-    """One step of lerobot-train on the command line of its users; then what it saved acts."""
+    """One step of lerobot-train on the command line of its users; then what it saved acts on what is recorded."""
     sys.argv = [
         "lerobot-train",
         f"--policy.path={job['policy']}",
@@ -202,7 +207,7 @@ def train(job: Mapping[str, Any], dataset: LeRobotDataset) -> dict[str, np.ndarr
         lerobot_train.main()
     assert "All keys loaded successfully!" in said.getvalue(), said.getvalue()
     saved = Path(job["output"], "checkpoints", "last", "pretrained_model")
-    return act({**job, "policy": str(saved)}, dataset)
+    return act({**job, "policy": str(saved)}, dataset) if job["recorded"] else {}
 
 
 def logits(job: Mapping[str, Any], dataset: LeRobotDataset) -> dict[str, np.ndarray]:
