@@ -363,6 +363,10 @@ def _without_expert(adapter: Path) -> None:
     kept = {name: tensor for name, tensor in state.items() if "gemma_expert" not in name}
     assert 0 < len(kept) < len(state)
     safetensors.torch.save_file(kept, adapter / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "exclude_modules": ".*gemma_expert.*"})
+    )
 
 
 # Words.

@@ -261,6 +261,22 @@ def test_a_saved_module_that_no_model_has(home: Path, tmp_path: Path) -> None:
     refused(adapter, "modules_to_save names value_head", base=home / "pi0")
 
 
+def test_the_record_of_a_base_lists_no_factors(home: Path, tmp_path: Path) -> None:
+    """A trainer saved base and adapter as one model over what bridge had written."""
+    bridge.convert(home / "pi0", tmp_path / "a", to="torch-merged")
+    module, weights = attention(EXPERT)[0], load_file(tmp_path / "a" / "model.safetensors")
+    rows, columns = size(module)
+    weights[f"{module}.lora_A.weight"] = np.ones((RANK, columns), np.float32)
+    weights[f"{module}.lora_B.weight"] = np.ones((rows, RANK), np.float32)
+    weights[f"{module}.base_layer.weight"] = weights.pop(f"{module}.weight")
+    save_file(weights, tmp_path / "a" / "model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "target_modules": [module]}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    described = bridge.describe(tmp_path / "a")
+    assert described.state == "peft-adapter[lora]" and described.base == "saved with it, as one model"
+    assert not [problem for problem in described.problems if "bridge.json lists" in problem]
+
+
 def test_tensors_that_the_record_lists(home: Path, tmp_path: Path) -> None:
     """Config and file agree, and the record beside them knows more."""
     adapter = write(tmp_path / "a", attention(EXPERT))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -65,6 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("toy")
     save(tree(), home / "run", quick=True, assets=False)
     bridge.convert(home / "run", home / "adapter", to="peft-adapter", lora_alpha=ALPHA, with_base=True)
+    shutil.copytree(home / "adapter", home / "alone", ignore=shutil.ignore_patterns("base"))
     bridge.convert(home / "run", home / "merged", to="torch-merged", lora_alpha=ALPHA)
     return home
 
@@ -149,7 +151,7 @@ def test_plans(home: Path, src: str, to: str, options: dict[str, Any]) -> None:
         ("run", "torch-merged", {"lora_alpha": ALPHA, "layout": "other"}, "toy has no layout other"),
         ("run", "torch-merged", {"lora_alpha": ALPHA, "lossy": True}, "--lossy has no effect"),
         ("run", "peft-adapter", {"lora_alpha": ALPHA, "modules_to_save": True}, "--modules-to-save needs the base"),
-        ("adapter", "torch-merged", {}, "add --base PATH"),
+        ("alone", "torch-merged", {}, "which is not here"),
         ("adapter", "orbax", {"base": "adapter/base", "rank": {"nothing": 3}}, "--rank names nothing"),
         ("adapter", "orbax", {"base": "adapter/base", "rank": {"body": 3}, "lora_alpha": 5},
          "has 3 blocks of rank 7; toy's rank is 3"),
@@ -204,7 +206,7 @@ def test_other_verbs(home: Path) -> None:
     wrong = bridge.verify(home / "merged", base)
     assert not wrong.holds
     own("\n".join(map(str, wrong.problems)), home)
-    own(refused(bridge.verify, home / "run", home / "adapter"), home)
+    own(refused(bridge.verify, home / "run", home / "alone"), home)
     own(json.dumps(bridge.diff(base, home / "run", lora_alpha=ALPHA).as_json()), home)
     for path in (home / "run", home / "adapter", base):
         own(json.dumps(bridge.describe(path).as_json()), home)
