@@ -33,13 +33,6 @@ STOCK = {
 #: where lerobot-train puts a policy in a step, and steps in a run (utils/constants.py)
 DIRECTORIES = ("pretrained_model", "checkpoints")
 
-#: LeRobot before its processors: statistics as buffers in the file, whose data set may be named
-#: (policies/normalize.py; processor/migrate_policy_normalization.py)
-STATISTICS_IN_WEIGHTS = (
-    r"(?:normalize_inputs|normalize_targets|unnormalize_outputs)"
-    r"\.(?:[^.]+_)?buffer_[^.]+\.(?:mean|std|min|max)"
-)
-
 #: how values are normalised -> LeRobot's word
 MODES = {method: mode for mode, method in lerobot_read.MODES.items()}
 

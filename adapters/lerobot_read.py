@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from bridge import Damage, Fact, Problem, Reading
+from bridge import IN_WEIGHTS, Damage, Fact, Problem, Reading
 
-from . import norm_stats
+from . import lerobot_before, norm_stats
 from .kinds import (
     ACTION_WIDTH,
     CAMERAS,
@@ -81,7 +81,13 @@ def read(files: Mapping[str, bytes]) -> Reading:
     """What LeRobot's files state; nothing where there are none."""
     trees, damaged = _trees(files)
     config = trees.get(CONFIG)
-    if not is_policy(config) and PRE not in trees and not any(d.kind is NORM_STATS for d in damaged):
+    before = lerobot_before.read(files[IN_WEIGHTS], config) if IN_WEIGHTS in files else None
+    if (
+        before is None
+        and not is_policy(config)
+        and PRE not in trees
+        and not any(d.kind is NORM_STATS for d in damaged)
+    ):
         return Reading(damaged=tuple(damaged))
     facts: list[Fact] = []
     notes: list[str] = []
@@ -106,6 +112,15 @@ def read(files: Mapping[str, bytes]) -> Reading:
         damaged += trouble
         inexpressible += _foreign(steps)
         notes += _renamed(steps.get(PRE, []))
+    if before is not None:
+        # a config of that time is refused by LeRobot of today: what it states is written anew
+        return Reading(
+            facts=(*facts, *before.facts),
+            damaged=(*damaged, *before.damaged),
+            notes=(*notes, *before.notes),
+            layout=before.layout,
+            inexpressible=tuple(dict.fromkeys((*inexpressible, *before.inexpressible))),
+        )
     return Reading(
         facts=tuple(facts),
         damaged=tuple(damaged),

@@ -26,7 +26,7 @@ from bridge import (
     Zeros,
 )
 
-from . import lerobot, policy_facts
+from . import lerobot, lerobot_before, policy_facts
 from .configs import companions, known_model, known_sizes
 from .gemma import expert
 from .pi0_actions import IN_TRANSFORMERS
@@ -86,7 +86,7 @@ _LEROBOT = Layout(
     prefixes=(("", "model."),),
     ties=False,
     needs_base_name=True,
-    facts=lerobot.STATISTICS_IN_WEIGHTS,
+    facts=lerobot_before.BUFFER,
     loading="""\
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy  # pi05: PI05Policy
 from peft import PeftModel
@@ -97,7 +97,7 @@ policy = PeftModel.from_pretrained(policy, "ADAPTER")""",
 
 #: lerobot 0.1 to 0.3, policies/pi0/modeling_pi0.py: names of transformers before 4.52, and norm stats in the file
 _LEROBOT_BEFORE = Layout(
-    name="lerobot-0.3",
+    name=lerobot_before.LAYOUT,
     prefixes=(
         (f"{_PALIGEMMA}.model.vision_tower.", f"model.{_PALIGEMMA}.vision_tower."),
         (f"{_PALIGEMMA}.model.multi_modal_projector.", f"model.{_PALIGEMMA}.multi_modal_projector."),
@@ -106,7 +106,7 @@ _LEROBOT_BEFORE = Layout(
         ("", "model."),
     ),
     replaced_by="lerobot",
-    facts=lerobot.STATISTICS_IN_WEIGHTS,
+    facts=lerobot_before.BUFFER,
 )
 
 
@@ -185,15 +185,6 @@ def _model(name: str, *, adaptive: bool, fused_qkv: bool) -> Model:
     )  # fmt: skip
 
 
-def _norm_stats_notes(directory: str, files: Mapping[str, bytes]) -> tuple[str, ...]:
-    """Without its normalization statistics a policy moves the robot wrongly, and nothing says so."""
-    if any(path.endswith("/norm_stats.json") for path in files):
-        return ()
-    return (
-        f"no norm_stats.json under {directory}: the policy needs its own to run, copy them beside the output",
-    )
-
-
 def _has_weights(source: State, target: State) -> bool:
     return target.form is not Form.ADAPTER
 
@@ -221,7 +212,6 @@ FAMILY = Family(
     # assets/<asset_id>/norm_stats.json (openpi, training/checkpoints.py, load_norm_stats)
     assets=AssetDirectory(
         directory="assets",
-        notes=_norm_stats_notes,
         matters="the policy would use wrong normalization",
     ),
     directories=lerobot.DIRECTORIES,

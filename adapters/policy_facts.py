@@ -214,7 +214,8 @@ def remarks(model: Model, sizes: Mapping[str, int], facts: Mapping[str, Fact]) -
     said: list[str] = []
     stats, action = facts.get(NORM_STATS.key), sizes.get("projections.action")
     if stats is None:
-        return ()
+        # without them a policy moves the robot wrongly, and nothing says so
+        return ("no norm stats are known: the policy needs its own to run, give them with --norm-stats",)
     for key, feature in WIDTHS.items():
         wide, robot = norm_stats.width(stats.value, feature), facts.get(key)
         if still := norm_stats.constant(stats.value[feature]):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bridge.proof.options import VerifyOptions
     from bridge.proof.verify import Verdict, verify
     from bridge.rules.equation import Equation
-    from bridge.rules.fact import Damage, Fact, FactKind, FactTable, Reading
+    from bridge.rules.fact import IN_WEIGHTS, Damage, Fact, FactKind, FactTable, Reading
     from bridge.rules.factoring import Factoring, by_role, last_two_axes
     from bridge.rules.family import AssetDirectory, Companions, Facts, Family, FullModel, Resize, Tree
     from bridge.rules.initialiser import LecunNormal, Normal, Zeros
@@ -52,7 +52,7 @@ _HOMES = {
     "proof.options": ("VerifyOptions",),
     "proof.verify": ("Verdict", "verify"),
     "rules.equation": ("Equation",),
-    "rules.fact": ("Damage", "Fact", "FactKind", "FactTable", "Reading"),
+    "rules.fact": ("IN_WEIGHTS", "Damage", "Fact", "FactKind", "FactTable", "Reading"),
     "rules.factoring": ("Factoring", "by_role", "last_two_axes"),
     "rules.initialiser": ("LecunNormal", "Normal", "Zeros"),
     "rules.family": ("AssetDirectory", "Companions", "Facts", "Family", "FullModel", "Resize", "Tree"),
@@ -63,6 +63,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "IN_WEIGHTS",
     "AssetDirectory",
     "Choice",
     "Companions",

@@ -14,7 +14,8 @@ from bridge.errors import Problem, Refusal
 from bridge.facts.read import MAX_BYTES, read_place
 from bridge.facts.resolve import Known, resolve
 from bridge.formats.disk.location import Location
-from bridge.rules.fact import FactTable, Reading
+from bridge.formats.safetensors.torch import file_bytes
+from bridge.rules.fact import IN_WEIGHTS, FactTable, Reading
 from bridge.rules.option import File
 
 
@@ -48,7 +49,9 @@ def read_beside(
         # an adapter's own come first
         carried = carried if carried.files else assets
         if table is not None:
-            places.append(read_place(root, table, inputs.model, assets.files, given))
+            inside = checkpoint.facts_inside()
+            stating = {**assets.files, **({IN_WEIGHTS: file_bytes(inside)} if inside else {})}
+            places.append(read_place(root, table, inputs.model, stating, given))
     if table is None:
         return Beside(carried, Known())
     return Beside(carried, resolve(table, inputs.model, inputs.weights.sizes, given, places))

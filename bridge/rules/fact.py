@@ -14,6 +14,9 @@ from typing import Any
 from bridge.errors import Problem
 from bridge.rules.model import Model, Sizes
 
+#: under this name a table's ``read`` gets arrays that are facts among the weights, as a safetensors file
+IN_WEIGHTS = "(weights)"
+
 
 def as_is(value: Any) -> Any:
     """The JSON form of a value that JSON has."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import bridge
 from bridge import Refusal
@@ -33,8 +36,7 @@ BEFORE = (
     ),
 )
 STATS = {
-    f"{where}.{data_set}buffer_{feature}.{name}": np.full(width, value, np.float32)
-    for data_set in ("",)
+    f"{where}.buffer_{feature}.{name}": np.linspace(-value, 2 * value, width, dtype=np.float32)
     for where, feature, width in (
         ("normalize_inputs", "observation_state", 8),
         ("normalize_targets", "action", 7),
@@ -99,3 +101,120 @@ def test_names_of_before_are_not_written(tmp_path: Path, plain: Tensors) -> None
     with pytest.raises(Refusal, match=r"pi0 has no layout lerobot-0\.3") as refused:
         bridge.convert(tmp_path / "jax", tmp_path / "out", to="torch-merged", layout="lerobot-0.3")
     assert refused.value.problems[0].fix == "use one of openpi, lerobot, transformers"
+
+
+# The statistics reach the output.
+
+
+def norm_stats(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("assets/*/norm_stats.json")
+    stats: dict[str, Any] = json.loads(path.read_text())["norm_stats"]
+    return stats
+
+
+def old_policy(directory: Path, plain: Tensors, stats: Tensors) -> Path:
+    config = {"type": "pi0", "chunk_size": 10, "n_action_steps": 10, "proj_width": 1024, "max_action_dim": 31}
+    return trainers.save(trainers.renamed(plain, old_name) | stats, directory, config)
+
+
+def same_statistics(found: dict[str, Any]) -> bool:
+    wanted = {
+        "state": "normalize_inputs.buffer_observation_state",
+        "actions": "unnormalize_outputs.buffer_action",
+    }
+    return all(
+        np.float32(found[feature][name]).tobytes() == STATS[f"{buffer}.{name}"].tobytes()
+        for feature, buffer in wanted.items()
+        for name in ("mean", "std")
+    )
+
+
+def test_the_statistics_become_assets_and_the_horizon_is_kept(tmp_path: Path, plain: Tensors) -> None:
+    source = old_policy(tmp_path / "src", plain, STATS)
+    plan = bridge.plan(source, tmp_path / "out", to="orbax", size=trainers.SIZES)
+    assert plan.facts["norm_stats"].origin == "unnormalize_outputs of the weights"
+    assert (plan.facts["action_horizon"].value, plan.facts["norm_method"].value) == (10, "mean and std")
+    plan.run()
+    assert same_statistics(norm_stats(tmp_path / "out"))
+    assert bridge.describe(tmp_path / "out").facts["action_horizon"]["value"] == 10
+
+
+def test_the_statistics_become_processors(tmp_path: Path, plain: Tensors) -> None:
+    source = old_policy(tmp_path / "src", plain, STATS)
+    bridge.convert(source, tmp_path / "out", to="torch-merged", layout="lerobot", dtype="float32")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert plain.keys() <= out.keys() and all(out[name].tobytes() == plain[name].tobytes() for name in plain)
+    (state,) = (tmp_path / "out").glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    tensors = load_file(state)
+    for feature, buffer in (
+        ("observation.state", "normalize_inputs.buffer_observation_state"),
+        ("action", "unnormalize_outputs.buffer_action"),
+    ):
+        for name in ("mean", "std"):
+            assert tensors[f"{feature}.{name}"].tobytes() == STATS[f"{buffer}.{name}"].tobytes()
+    # of a config of that time, LeRobot of today refuses the fields
+    assert "proj_width" not in (tmp_path / "out" / "policy_preprocessor.json").read_text()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def changed(where: str, number: float) -> Tensors:
+    return {
+        name: array + np.float32(number) if name.startswith(where) else array for name, array in STATS.items()
+    }
+
+
+CASES: dict[str, tuple[Tensors, str]] = {
+    "two data sets": (
+        {
+            name.replace(".buffer_", f".{data_set}_buffer_"): array + np.float32(number)
+            for number, data_set in enumerate(("so100", "so100-red"))
+            for name, array in STATS.items()
+        },
+        "the norm stats is .* in unnormalize_outputs of so100-red, but .* in unnormalize_outputs of so100",
+    ),
+    "trained by others": (
+        changed("normalize_targets", 1),
+        "the norm stats is .* in unnormalize_outputs of the weights, but .* in normalize_targets of the weights",
+    ),
+    "min and max": (
+        {name.replace(".mean", ".min").replace(".std", ".max"): array for name, array in STATS.items()},
+        "state are normalised by min and max",
+    ),
+    "half infinite": (changed("unnormalize_outputs", np.inf), "numbers that are not finite"),
+    "no actions": (
+        {name: array for name, array in STATS.items() if "action" not in name},
+        "actions have no mean",
+    ),
+    "images": (
+        STATS | {"normalize_inputs.buffer_observation_images_top.mean": np.ones((3, 1, 1), np.float32)},
+        "normalises observation_images_top by buffers among its weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_that_cannot_be_taken_over(tmp_path: Path, plain: Tensors, case: str) -> None:
+    stats, cause = CASES[case]
+    source = old_policy(tmp_path / "src", plain, stats)
+    with pytest.raises(Refusal, match=cause):
+        bridge.convert(source, tmp_path / "out", to="orbax", size=trainers.SIZES)
+    assert not (tmp_path / "out").exists()
+    if case == "images":
+        return
+    # the way out of the others: statistics that the user gives
+    given = tmp_path / "norm_stats.json"
+    bridge.convert(
+        old_policy(tmp_path / "good", plain, STATS), tmp_path / "jax", to="orbax", size=trainers.SIZES
+    )
+    given.write_text(json.dumps({"norm_stats": norm_stats(tmp_path / "jax")}))
+    settings = {"norm_stats": given}
+    bridge.convert(source, tmp_path / "out", to="orbax", size=trainers.SIZES, settings=settings)
+    assert same_statistics(norm_stats(tmp_path / "out"))
+
+
+def test_a_policy_that_was_never_given_statistics(tmp_path: Path, plain: Tensors) -> None:
+    stats = {name: np.full_like(array, np.inf) for name, array in STATS.items()}
+    source = old_policy(tmp_path / "src", plain, stats)
+    plan = bridge.plan(source, None, to="orbax", size=trainers.SIZES)
+    assert "norm_stats" not in plan.facts
+    assert "the statistics among the weights are infinity: the policy was never given any" in plan.notes

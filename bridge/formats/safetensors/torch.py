@@ -381,6 +381,13 @@ def lay_out(
     return TorchSink(path, header)
 
 
+def file_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file of a few small arrays, in memory."""
+    specs = {name: Spec(array.shape, array.dtype) for name, array in arrays.items()}
+    first, header = compose(specs, {})
+    return first + b"".join(bytes(raw(arrays[name])) for name in header.tensors)
+
+
 FORMAT = Format(
     name="torch",
     states=(
