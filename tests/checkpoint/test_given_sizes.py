@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 import bridge
 from bridge import Refusal
@@ -146,3 +147,37 @@ def test_sizes_of_a_jax_checkpoint_are_checked_too(home: Path) -> None:
     assert problems == (
         f"{home / 'jax' / 'params'}: --size paligemma.head=8, but paligemma.head is 7 in the arrays of the checkpoint",
     )
+
+
+# What lerobot-train saved, of sizes that LeRobot's code does not have: 8 heads of Gemma, 4 of SigLIP.
+
+GOLDEN = {"paligemma.head": 8, "siglip.head": 4}
+LAYERS = "PaliGemma/llm/layers/attn"
+VISION = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0"
+
+
+def run_of(name: str) -> Path:
+    return Path(__file__).resolve().parents[1] / "data" / "golden" / "lerobot" / name
+
+
+@pytest.mark.parametrize("name", ["full_pi0", "qv_pi0", "base_pi0"])
+def test_head_counts_of_real_policies(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {}
+    if name == "qv_pi0":
+        options = {"base": run_of("base_pi0"), "rank": {"expert": 4}, "lora_alpha": {"expert": 8}}
+    with pytest.raises(
+        Refusal, match=r"cannot infer paligemma\.dim, paligemma\.group, paligemma\.head, siglip\.dim"
+    ):
+        bridge.plan(run_of(name), None, to="orbax", **options)
+    found = trainers.leaves(run_of(name), tmp_path / "out", size=GOLDEN, **options)
+    home = run_of("base_pi0" if name == "qv_pi0" else name)
+    (file,) = home.rglob("model.safetensors")
+    weights = load_file(file)
+    gemma = "model.paligemma_with_expert.gemma_expert.model.layers.1.self_attn"
+    query = weights[f"{gemma}.q_proj.weight"].reshape(8, 16, 48).transpose(0, 2, 1)
+    key = weights[f"{gemma}.k_proj.weight"].reshape(1, 16, 48).transpose(0, 2, 1)
+    assert found[f"params/{LAYERS}/q_einsum_1/w"][1].tobytes() == query.tobytes()
+    assert found[f"params/{LAYERS}/kv_einsum_1/w"][1, 0].tobytes() == key.tobytes()
+    tower = "model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers.1.self_attn"
+    vision = weights[f"{tower}.q_proj.weight"].reshape(4, 18, 72).transpose(2, 0, 1)
+    assert found[f"params/{VISION}/query/kernel"][1].tobytes() == vision.tobytes()
