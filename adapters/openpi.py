@@ -6,8 +6,6 @@ actions and time. Leaves: openpi, models/pi0.py; PyTorch names: models_pytorch/p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from bridge import (
     AssetDirectory,
     Family,

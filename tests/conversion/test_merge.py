@@ -175,6 +175,9 @@ def test_assets_come_with_the_adapter_or_its_base(sources: Sources, tmp_path: Pa
     golden.convert(bare, tmp_path / "2", base=home / "base-openpi")
     assert golden.files(tmp_path / "2" / "assets") == golden.files(home / "base-openpi" / "assets")
     plan = bridge.plan(bare, tmp_path / "3", to="torch-merged", base=home / "base-shards")
+    assert plan.facts["norm_stats"].origin == "bridge.json"
+    (bare / "bridge.json").unlink()
+    plan = bridge.plan(bare, tmp_path / "3", to="torch-merged", base=home / "base-shards")
     assert [note for note in plan.notes if "no norm stats are known" in note]
 
 
