@@ -158,6 +158,11 @@ def _config_doubts(
         return {axis: size for axis, size in named.items() if axis in undecided}
 
     config, record = of_these(fit.family.known_sizes(beside)), of_these(recorded_sizes(source.root))
+    if solve(seen, model, config)[1]:
+        return (
+            [],
+            [],
+        )  # a config of other sizes than the tensors have, such as a stock variant's name, is not used
     stock = of_these(model.stock)
     problems = [
         Problem(

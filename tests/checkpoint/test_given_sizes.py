@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_the_flag_and_the_config_give_what_the_record_gives(
     assert trainers.same(trainers.leaves(source, tmp_path / "alias", size=alias), recorded)
     record = json.loads((tmp_path / "flag" / "bridge.json").read_text())
     assert record["sizes"]["paligemma.dim"] == 11 and record["sizes"]["siglip.dim"] == 5
+
+
+def test_a_config_that_the_shapes_rule_out_contradicts_no_record(
+    home: Path, recorded: Tensors, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(home / "lerobot", tmp_path / "src")
+    (copy / "config.json").write_text('{"type": "pi0", "paligemma_variant": "gemma_2b"}')
+    assert trainers.same(trainers.leaves(copy, tmp_path / "out", size=None), recorded)
 
 
 @pytest.mark.parametrize(
