@@ -231,7 +231,7 @@ def _asset_checks(
     directory = b.inputs.weights.family.assets
     if directory is None:
         return {}, []
-    left, right = ours.assets.files, theirs.assets.files
+    left, right = _counting(a, ours, facts), _counting(b, theirs, facts)
     # what both sides state as a fact may stand in another file on either; a record is no such file
     stated = {
         origin: equal
@@ -253,6 +253,18 @@ def _asset_checks(
             )
         )
     return same | {name: equal for name, equal in stated.items() if name in left or name in right}, problems
+
+
+def _counting(side: Side, beside: Beside, facts: Mapping[str, bool]) -> dict[str, bytes]:
+    """The files of a side, without those of its base whose facts the adapter states itself."""
+    files, table = dict(beside.assets.files), side.inputs.weights.family.facts
+    if side.inputs.base is None or table is None:
+        return files
+    for name, data in beside.assets.files.items():
+        stated = {fact.kind.key for fact in table.read(side.inputs.model, {name: data}, {}).facts}
+        if stated & facts.keys() and all(beside.known.facts[key].origin != name for key in stated):
+            del files[name]
+    return files
 
 
 def _fact_checks(a: Side, b: Side, ours: Beside, theirs: Beside) -> tuple[dict[str, bool], list[Problem]]:
