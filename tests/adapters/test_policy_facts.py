@@ -18,6 +18,7 @@ from tests.kit.policies import (
     OPENPI,
     POST,
     PRE,
+    SIZES,
     TRAINED,
     copied,
     edit,
@@ -25,13 +26,8 @@ from tests.kit.policies import (
     norm_stats,
     restate,
     statistics,
-    tiny_heads,
     trained,
 )
-
-__all__ = ["tiny_heads"]
-
-HEADS = pytest.mark.usefixtures("tiny_heads")
 
 
 def base_of(name: str) -> dict[str, Any]:
@@ -54,11 +50,12 @@ def written(files: dict[str, bytes], home: Path) -> Path:
 # LeRobot's own policies.
 
 
-@HEADS
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("to", ["orbax", "openpi", "transformers", "lerobot"])
 def test_statistics_are_those_that_lerobot_used(name: str, to: str, tmp_path: Path) -> None:
-    target = {"to": "orbax", "fold": True} if to == "orbax" else {"to": "torch-merged", "layout": to}
+    target: dict[str, Any] = (
+        {"to": "orbax", "fold": True, **SIZES} if to == "orbax" else {"to": "torch-merged", "layout": to}
+    )
     if target.get("fold") and name == "full_pi0":
         del target["fold"]
     out = written(planned(trained(name), **target, **base_of(name)), tmp_path)
@@ -255,11 +252,10 @@ def test_the_form_of_bridges_own_processors_is_known(statistic: str, tmp_path: P
 # The action horizon.
 
 
-@HEADS
 @pytest.mark.parametrize("name", ["qv_pi0", "full_pi0"])
 def test_horizon_comes_from_the_config(name: str, tmp_path: Path) -> None:
-    for to in ("torch-merged", "orbax"):
-        plan = bridge.plan(trained(name), None, to=to, **base_of(name))
+    for to, options in (("torch-merged", {}), ("orbax", SIZES)):
+        plan = bridge.plan(trained(name), None, to=to, **base_of(name), **options)
         assert (plan.facts["action_horizon"].value, plan.facts["action_horizon"].origin) == (
             10,
             "config.json",
@@ -270,7 +266,6 @@ def test_horizon_comes_from_the_config(name: str, tmp_path: Path) -> None:
 LAYOUTS = ("openpi", "lerobot", "transformers")
 
 
-@HEADS
 @pytest.mark.parametrize("recorded", [True, False], ids=["with-record", "without"])
 def test_horizon_survives_every_route(recorded: bool, tmp_path: Path) -> None:
     """LeRobot's 10 into the pytree, every layout and back, in turn; also where somebody drops `bridge.json`."""
@@ -290,7 +285,8 @@ def test_horizon_survives_every_route(recorded: bool, tmp_path: Path) -> None:
     source = BASE
     for number, options in enumerate(order):
         out = tmp_path / str(number)
-        bridge.convert(source, out, dtype="keep", **options)
+        sizes = SIZES if options["to"] == "orbax" else {}
+        bridge.convert(source, out, dtype="keep", **options, **sizes)
         if not recorded:
             (out / "bridge.json").unlink()
         fact = bridge.describe(out).facts["action_horizon"]
@@ -302,14 +298,13 @@ def test_horizon_survives_every_route(recorded: bool, tmp_path: Path) -> None:
     assert equal_in_float32(norm_stats(source), norm_stats(BASE))
 
 
-@HEADS
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_horizon_of_an_adapter_survives(layout: str, tmp_path: Path) -> None:
     """Its own, in LoRA leaves and out of them, where no config lies beside the adapter."""
     joined, adapter, again = tmp_path / "joined", tmp_path / "adapter", tmp_path / "again"
-    bridge.convert(trained("qv_pi0"), joined, to="orbax", base=BASE)
+    bridge.convert(trained("qv_pi0"), joined, to="orbax", base=BASE, **SIZES)
     bridge.convert(joined, adapter, to="peft-adapter", layout=layout, with_base=True)
-    bridge.convert(adapter, again, to="orbax", base=adapter / "base")
+    bridge.convert(adapter, again, to="orbax", base=adapter / "base", **SIZES)
     for out in (joined, adapter, adapter / "base", again):
         fact = bridge.describe(out).facts["action_horizon"]
         assert (fact["value"], "assumed" in fact) == (10, False), (out, fact)
@@ -467,16 +462,83 @@ def test_damaged_norm_stats_are_refused_for_every_output(
     assert bridge.describe(source).problems
 
 
-@HEADS
 def test_damaged_norm_stats_are_refused_on_the_way_to_a_pytree(tmp_path: Path) -> None:
     source = copied(BASE, tmp_path / "source")
     (source / "assets/tiny_robot/norm_stats.json").write_text("")
     with pytest.raises(Refusal, match=r"norm_stats\.json is empty"):
-        bridge.convert(source, tmp_path / "out", to="orbax")
+        bridge.convert(source, tmp_path / "out", to="orbax", **SIZES)
     assert not (tmp_path / "out").exists()
-    bridge.convert(
-        source, tmp_path / "out", to="orbax", norm_stats=BASE / "assets/tiny_robot/norm_stats.json"
+    stats = BASE / "assets/tiny_robot/norm_stats.json"
+    bridge.convert(source, tmp_path / "out", to="orbax", norm_stats=stats, **SIZES)
+
+
+# openpi's own policies, in LeRobot's processors.
+
+
+def lerobots(step: dict[str, Any], tensors: dict[str, np.ndarray], feature: str, x: np.ndarray) -> np.ndarray:
+    """What LeRobot's (un)normalizer makes of `x` in float32 (lerobot 0.6.1, processor/normalize_processor.py)."""
+    inverse = step["registry_name"].startswith("un")
+    config = step["config"]
+    mode = config["norm_map"][config["features"][feature]["type"]]
+    mean, std, low, high = (tensors.get(f"{feature}.{name}") for name in ("mean", "std", "q01", "q99"))
+    x, eps = np.float32(x), np.float32(config["eps"])
+    if mode == "MEAN_STD":
+        return np.asarray(x * std + mean if inverse else (x - mean) / (std + eps))
+    assert mode == "QUANTILES" and low is not None and high is not None
+    width = np.where(high == low, eps, high - low)
+    return np.asarray((x + 1) * width / 2 + low if inverse else 2 * (x - low) / width - 1)
+
+
+@pytest.mark.parametrize(("model", "mode"), [("pi0", "MEAN_STD"), ("pi05", "QUANTILES")])
+def test_openpis_policies_keep_their_arithmetic(model: str, mode: str, tmp_path: Path) -> None:
+    """The state that openpi's own `infer` fed its model, and the actions that it returned."""
+    source = OPENPI / model / "checkpoint/3"
+    out = written(
+        planned(source, "torch-merged", layout="lerobot", lora_alpha=ALPHAS, action_horizon=10), tmp_path
     )
+    recorded = np.load(OPENPI / model / "infer.npz")
+    steps, tensors = {}, {}
+    for pipeline in (PRE, POST):
+        for step in json.loads((out / f"{pipeline}.json").read_text())["steps"]:
+            if "state_file" in step:
+                steps[pipeline], tensors[pipeline] = step, load_file(out / step["state_file"])
+    assert steps[PRE]["config"]["norm_map"]["ACTION"] == mode
+    state = lerobots(steps[PRE], tensors[PRE], "observation.state", recorded["ex/observation/state"])
+    np.testing.assert_allclose(state, recorded["state"][: len(state)], rtol=2e-6, atol=2e-6)
+    # openpi, transforms.py, Normalize: what the model must have predicted
+    stats, actions = norm_stats(source)["actions"], recorded["actions"]
+    if mode == "MEAN_STD":
+        predicted = (actions - stats["mean"]) / (stats["std"] + 1e-6)
+    else:
+        predicted = (actions - stats["q01"]) / (stats["q99"] - stats["q01"] + 1e-6) * 2 - 1
+    again = lerobots(steps[POST], tensors[POST], "action", predicted)
+    np.testing.assert_allclose(again, actions, rtol=2e-6, atol=2e-6)
+
+
+def test_another_method_is_kept_and_reported(tmp_path: Path) -> None:
+    """A policy that LeRobot trained by quantiles, which openpi's pi0 is not normalised by."""
+    source = copied(BASE, tmp_path / "source")
+    shutil.rmtree(source / "assets")
+
+    def quantiles(tensors: dict[str, np.ndarray]) -> None:
+        for feature in ("observation.state", "action"):
+            tensors[f"{feature}.q01"] = tensors[f"{feature}.mean"] - 1
+            tensors[f"{feature}.q99"] = tensors[f"{feature}.mean"] + 1
+
+    restate(source, quantiles)
+    for pipeline in (PRE, POST):
+        step = {PRE: 6, POST: 0}[pipeline]
+        edit(
+            source / f"{pipeline}.json",
+            lambda tree, step=step: tree["steps"][step]["config"]["norm_map"].update(
+                STATE="QUANTILES", ACTION="QUANTILES"
+            ),
+        )
+    plan = bridge.plan(source, None, to="torch-merged", layout="openpi")
+    assert plan.facts["norm_method"].value == "quantiles"
+    assert [note for note in plan.notes if "set use_quantile_norm=True in its data config" in note]
+    assert json.loads(plan.output.files["policy_facts.json"])["norm_method"] == "quantiles"
+    assert not bridge.verify(BASE, source).facts["norm_method"]
 
 
 # What `inspect` says.

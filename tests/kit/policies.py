@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.kit.golden import DATA
@@ -21,6 +20,8 @@ TRAINED = ("full_pi0", "peft_pi0", "qv_pi0")
 PRE, POST = "policy_preprocessor", "policy_postprocessor"
 #: LeRobot's feature -> openpi's
 FEATURES = {"observation.state": "state", "action": "actions"}
+#: head counts of LeRobot's policies, which no shape tells
+SIZES: dict[str, Any] = {"size": {"paligemma.head": 8, "siglip.head": 4}}
 #: alphas of the policies in `openpi_policy`
 ALPHAS = {"paligemma": 8.0, "expert": 4.0}
 
@@ -78,12 +79,4 @@ def equal_in_float32(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str,
             np.array_equal(np.float32(a[feature][name]), np.float32(b[feature][name])) for name in a[feature]
         )
         for feature in a
-    )
-
-
-@pytest.fixture
-def tiny_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head counts of these policies, which no shape tells: 8 of Gemma, 4 of SigLIP."""
-    monkeypatch.setattr(
-        "bridge.checkpoint.weights.recorded_sizes", lambda root: {"paligemma.head": 8, "siglip.head": 4}
     )
