@@ -73,7 +73,9 @@ def adapter_names(source: Source) -> Source:
     """An adapter whose names are as PEFT saves them: one prefix, and no adapter's name in them."""
     inner = {name: name for name in source.specs}
     taken = ""
-    while outer := next((each for each in _OUTER if all(name.startswith(each) for name in inner)), ""):
+    while inner and (
+        outer := next((each for each in _OUTER if all(name.startswith(each) for name in inner)), "")
+    ):
         inner = {name.removeprefix(outer): stored for name, stored in inner.items()}
         taken += outer
     named = {}
