@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -76,6 +77,8 @@ for command in (convert, verify, diff, inspect, routes, demo):
 
 def main() -> NoReturn:
     """Run the command, and end the process whatever threads are still running."""
+    # a hundred thousand names are many objects and no cycles
+    gc.set_threshold(100_000, 20, 20)
     open_streams()
     status = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

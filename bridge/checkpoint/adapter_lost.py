@@ -16,7 +16,6 @@ from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG, FILE
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, module_of
-from bridge.peft.patterns import SECONDS
 from bridge.publish.record import RECORD, read_record
 from bridge.rules.model import Bound
 from bridge.rules.names import grouped
@@ -42,7 +41,7 @@ def lost_problems(
     try:
         lost, unsaved = _lost(names, config, match, bounds)
     except TimeoutError:
-        cause = f"{where}/{CONFIG}: matching its patterns takes longer than {SECONDS:g} s"
+        cause = f"{where}/{CONFIG}: matching its patterns {config.clock.spent}"
         return [*problems, Problem(cause, RESTORE)]
     problems += [
         Problem(

@@ -20,7 +20,7 @@ from bridge.peft.config import PREFIX
 from bridge.publish.record import RECORD, read_record
 from bridge.rules.family import Family, families
 from bridge.rules.model import Layout, Model
-from bridge.rules.names import grouped
+from bridge.rules.names import Names, grouped
 
 OTHER_BASE = "give the base that the adapter was trained on with --base"
 
@@ -51,9 +51,17 @@ def possible_models(
         Those that have most of its modules, and what contradicts them: another model named beside
         the adapter, or a base of another model.
     """
+    weights = Names.of(names.values())
+    # stored whole and not factored as well
+    whole = {weight for name, weight in names.items() if name == PREFIX + weight}
+    whole -= {weight for name, weight in names.items() if name != PREFIX + weight}
     matches = [
         Match(
-            family, model, layout, _places(model, layout, names), model.spare(layout).keys() & names.values()
+            family,
+            model,
+            layout,
+            _places(model, layout, weights, whole),
+            model.spare(layout).keys() & weights.apart.keys(),
         )
         for family in families()
         for model in family.models
@@ -91,19 +99,23 @@ def possible_models(
     return same or best, problems
 
 
-def _places(model: Model, layout: Layout, names: Mapping[str, str]) -> dict[str, Place]:
-    """What the weights of an adapter's tensors stand for, without those that the runtime never uses."""
-    spare = model.spare(layout)
-    places = place_weights(
-        model, layout, dict.fromkeys(weight for weight in names.values() if weight not in spare)
-    )
+def _places(model: Model, layout: Layout, weights: Names, whole: Set[str]) -> dict[str, Place]:
+    """What an adapter's weights stand for, without those that the runtime never uses.
+
+    Args:
+        model: the model.
+        layout: whose names they are.
+        weights: all of them.
+        whole: those without factors.
+    """
+    places = place_weights(model, layout, weights)
+    for name in model.spare(layout):
+        places.pop(name, None)
     # of a weight that is known by another name as well, the whole may be there under the name that is used
-    whole = {weight for name, weight in names.items() if name == PREFIX + weight}
-    factored = {weight for name, weight in names.items() if name != PREFIX + weight}
     for alias in model.applied & model.tied.keys():
         name, known = layout.rename(alias), layout.rename(model.tied[alias])
-        if name in whole - factored and name != known:
-            places[name] = place_weights(model, layout, [known])[known]
+        if name in whole and name != known:
+            places[name] = place_weights(model, layout, Names.of([known]))[known]
     return places
 
 

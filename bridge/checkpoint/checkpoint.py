@@ -9,7 +9,7 @@ factors are read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, TypeAlias
@@ -25,7 +25,7 @@ from bridge.lora.factors import Scale
 from bridge.rules.equation import Index
 from bridge.rules.family import Family
 from bridge.rules.model import Bound, Layout, Model, Part, Unused
-from bridge.rules.names import grouped
+from bridge.rules.names import Names, grouped
 from bridge.rules.rule import Rule
 from bridge.stream.readers import (
     FactorReader,
@@ -270,8 +270,11 @@ class WeightsCheckpoint(Checkpoint):
         return "base"
 
     def arrays_of(self, part: Part) -> list[str]:
-        places = ((stored, self.model.weight_index.find(name)) for name, stored in self.stored.items())
-        return [stored for stored, place in places if place is not None and place[0][0] is part]
+        return [self.stored[name] for name in self._by_part.get(part.name, ())]
+
+    @cached_property
+    def _by_part(self) -> Mapping[str, list[str]]:
+        return _by_part(self.model, self.stored)
 
     def facts_inside(self) -> dict[str, np.ndarray]:
         names = [name for name in self.source.specs if self.layout.is_fact(name)]
@@ -393,10 +396,11 @@ class AdapterCheckpoint(Checkpoint):
         return []
 
     def _modules_of(self, part: Part) -> dict[str, Module]:
-        places = ((name, self.model.weight_index.find(name)) for name in self.factors)
-        return {
-            name: self.factors[name] for name, place in places if place is not None and place[0][0] is part
-        }
+        return {name: self.factors[name] for name in self._by_part.get(part.name, ())}
+
+    @cached_property
+    def _by_part(self) -> Mapping[str, list[str]]:
+        return _by_part(self.model, self.factors)
 
     def factors_of(self, part: Part) -> list[str]:
         return [tensor for module in self._modules_of(part).values() for tensor in (module.a, module.b)]
@@ -435,10 +439,9 @@ class AdapterCheckpoint(Checkpoint):
 
     def seen(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for name in (*self.modules, *self.stored):
-            place = self.model.weight_index.find(name)
-            assert place is not None
-            (part, rule), at = place
+        for (part, rule), at in self.model.weight_index.find_all(
+            Names.of((*self.modules, *self.stored))
+        ).values():
             for axis in rule.template.numbered:
                 qualified = self.model.qualified(part.name, axis)
                 sizes[qualified] = max(sizes.get(qualified, 0), at[axis] + 2)
@@ -457,3 +460,11 @@ class AdapterCheckpoint(Checkpoint):
             if (module := self.factors.get(name)) is not None
         }
         return ModuleFactors(modules) if modules else None
+
+
+def _by_part(model: Model, weights: Iterable[str]) -> dict[str, list[str]]:
+    """Weights, by their names in the rules, by the name of the part that they are of."""
+    by_part: dict[str, list[str]] = {}
+    for name, ((part, _), _) in model.weight_index.find_all(Names.of(weights)).items():
+        by_part.setdefault(part.name, []).append(name)
+    return by_part

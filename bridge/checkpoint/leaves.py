@@ -47,17 +47,21 @@ def understand_tree(source: Source, opening: Opening = BARE) -> TreeCheckpoint:
     places = [(*place, leaf) for leaf in stored if (place := index.find(leaf)) is not None]
     # as declared, so that the first of two that disagree is the same whatever the container's order
     places.sort(key=lambda place: place[0][0])
-    seen: list[Dimension] = []
     numbers = Numbers(model)
-    for (_, part, axes), at, leaf in places:
+    alike: dict[tuple[int, tuple[int, ...]], tuple[Part, tuple[str, ...], list[str]]] = {}
+    for (number, part, axes), at, leaf in places:
         shape = source.specs[stored[leaf]].shape
-        if len(shape) != len(axes):
-            problems.append(
-                misshapen(source, leaf, shape, axes, f"this is not how {runtime} stores {model.name}")
+        alike.setdefault((number, shape), (part, axes, []))[2].append(leaf)
+        if len(shape) == len(axes):
+            numbers.add(part, at)
+    seen: list[Dimension] = []
+    for (_, shape), (part, axes, paths) in alike.items():
+        if len(shape) == len(axes):
+            seen += dimensions(model, part, zip(((axis,) for axis in axes), shape, strict=True), paths)
+        else:
+            problems += misshapen(
+                source, paths, shape, axes, f"this is not how {runtime} stores {model.name}"
             )
-            continue
-        seen += dimensions(model, part, zip(((axis,) for axis in axes), shape, strict=True), leaf)
-        numbers.add(part, at)
     counted, gaps = numbers.dimensions()
     sizes, disagreements = solve([*fixed_dimensions(model, runtime, seen), *seen, *counted], model)
     problems += factor_problems(source, fit, sizes)

@@ -6,18 +6,18 @@ fit is right when nothing is missing and nothing is left over; otherwise it says
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bridge.checkpoint.tree import Leaves, read_tree
 from bridge.rules.family import Family, families
 from bridge.rules.model import Layout, Model, Part
-from bridge.rules.names import NameIndex, Template, grouped, skeleton
+from bridge.rules.names import NameIndex, Names, Template, grouped, skeleton
 from bridge.rules.rule import Rule
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """What a name stands for: a leaf or a weight of a rule at an index."""
 
     part: Part
@@ -85,29 +85,31 @@ def leaf_index(model: Model) -> NameIndex[tuple[Part, Rule]]:
     return NameIndex({rule.path: (part, rule) for part in model.parts for rule in part.rules}, "/")
 
 
-def fit_weights(weights: Iterable[str]) -> list[Fit]:
+def fit_weights(names: Names) -> list[Fit]:
     """The models, in their layouts, whose rules fit the PyTorch names best: several where names do not tell."""
-    names = tuple(weights)
-    keys = {name: skeleton(name)[0] for name in names}
-    kinds = {key: name for name, key in keys.items()}
-    fits = []
+    fits: list[Fit] = []
+    strangers: dict[frozenset[str], tuple[str, ...]] = {}
     for family in families():
         for model in family.models:
             for layout in model.layouts:
                 index = weight_index(model, layout)
+                forms, known = index.forms_of(names)
                 optional = {skeleton(name)[0] for name in model.optional(layout)}
-                known = {index.form_of(name) for name in kinds.values()}
+                if not forms and optional.isdisjoint(names.kinds):
+                    continue  # another model's names altogether
                 # a tied weight may be stored under either of its names
-                known |= {
+                aliases = {
                     index.form_of(layout.rename(of))
                     for alias, of in model.tied.items()
-                    if skeleton(layout.rename(alias))[0] in kinds
+                    if skeleton(layout.rename(alias))[0] in names.kinds
                 }
-                extra = [
+                extra = frozenset(
                     name
-                    for name in names
-                    if keys[name] not in optional and index.form_of(name) is None and not layout.is_fact(name)
-                ]
+                    for name, (kind, _) in names.apart.items()
+                    if not known(name) and kind not in optional and not layout.is_fact(name)
+                )
+                if extra not in strangers:  # to models with the same names
+                    strangers[extra] = tuple(grouped(name for name in names.apart if name in extra))
                 fits.append(
                     Fit(
                         family=family,
@@ -117,24 +119,26 @@ def fit_weights(weights: Iterable[str]) -> list[Fit]:
                             template.text
                             for template in index.templates
                             for form, _ in template.forms()
-                            if form not in known
+                            if form not in forms and form not in aliases
                         ),
-                        extra=tuple(grouped(extra)),
+                        extra=strangers[extra],
                     )
                 )
-    best = _best(fits, len(kinds))
+    best = _best(fits, len(names.kinds))
     if best is None:
         return []
     return [fit for fit in fits if fit.errors == best.errors and fit.layout == best.layout]
 
 
-def known_weight(fits: Iterable[Fit], name: str) -> bool:
+def known_weights(fits: Iterable[Fit]) -> Callable[[str], bool]:
     """Whether a PyTorch name stands for something in any of the models."""
-    return any(
-        weight_index(fit.model, fit.layout).form_of(name) is not None
-        or skeleton(name)[0] in {skeleton(each)[0] for each in fit.model.optional(fit.layout)}
-        for fit in fits
-    )
+    indexes = [weight_index(fit.model, fit.layout) for fit in fits]
+    optional = {skeleton(name)[0] for fit in fits for name in fit.model.optional(fit.layout)}
+
+    def known(name: str) -> bool:
+        return skeleton(name)[0] in optional or any(index.form_of(name) is not None for index in indexes)
+
+    return known
 
 
 def weight_index(model: Model, layout: Layout) -> NameIndex[tuple[Part, Rule]]:
@@ -144,16 +148,10 @@ def weight_index(model: Model, layout: Layout) -> NameIndex[tuple[Part, Rule]]:
     )
 
 
-def place_weights(model: Model, layout: Layout, names: Iterable[str]) -> dict[str, Place]:
+def place_weights(model: Model, layout: Layout, names: Names) -> dict[str, Place]:
     """What each PyTorch name stands for; names that no rule has are left out."""
-    index = weight_index(model, layout)
-    placed = {}
-    for name in names:
-        known = index.find(name)
-        if known is not None:
-            (part, rule), at = known
-            placed[name] = Place(part, rule, at)
-    return placed
+    found = weight_index(model, layout).find_all(names)
+    return {name: Place(part, rule, at) for name, ((part, rule), at) in found.items()}
 
 
 def _best(fits: list[Fit], count: int) -> Fit | None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bridge.arrays import WEIGHT_DTYPES
+from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.adapter_lost import lost_problems
 from bridge.checkpoint.adapter_model import Match, model_names, possible_models
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, Module
 from bridge.checkpoint.leave_out import pattern_for
-from bridge.checkpoint.problems import unknown
+from bridge.checkpoint.problems import Alike, unknown
 from bridge.checkpoint.trainers import FACTOR
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
 from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
-from bridge.peft.patterns import SECONDS
 from bridge.rules.names import grouped
 
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
@@ -40,12 +39,12 @@ def understand_adapter(source: Source, base: Checkpoint | None = None) -> Adapte
     names = {name: _weight_of(name) for name in specs}
     possible, problems = possible_models(source, names, base)
     where = str(source.location)
-    config, faults = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}")
+    config, unread = read_config(source.metadata[CONFIG], f"{where}/{CONFIG}", len(specs) // 2)
     if not possible:
         # another method has other names: that it is another is what must be said
-        refuse_if(faults, CheckpointRefused)
+        refuse_if(unread, CheckpointRefused)
         raise unknown(source, names)
-    problems += faults
+    problems += unread
     match = possible[0]
     model, layout, places = match.model, match.layout, match.places
     unused = model.spare(layout)
@@ -54,55 +53,32 @@ def understand_adapter(source: Source, base: Checkpoint | None = None) -> Adapte
     problems += _strays(where, strays, possible)
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
-    ignored: list[str] = []
+    faults = Alike(where)
     for weight, place in places.items():
         module = weight.rpartition(".")[0]
         a, b = f"{PREFIX}{module}{A}", f"{PREFIX}{module}{B}"
         if a in specs or b in specs:
-            problems += _pair_problems(source, where, module, a, b)
+            _check_pair(specs, faults, module, a, b)
             if len(place.rule.equation.right) != 2:
-                problems.append(
-                    Problem(
-                        f"{where}: {module} has LoRA factors but is not a 2-D weight",
-                        "merge it in PEFT instead",
-                    )
-                )
+                faults.add(module, "has LoRA factors but is not a 2-D weight", "merge it in PEFT instead")
             if config is not None and a in specs and b in specs:
-                made, applies, trouble = _module(source, config, where, module, a, b)
-                problems += trouble
-                if made is not None:
+                made = _module(specs, config, f"{where}/{CONFIG}", faults, module, a, b)
+                if isinstance(made, Problem):
+                    problems.append(made)
+                elif made is not None:
                     modules[place.weight] = made
-                if not applies:
-                    ignored.append(module)
         stored = PREFIX + weight
         if stored in specs:
             saved[place.weight] = stored
             if config is not None and not config.saves(module):
-                problems.append(
-                    Problem(
-                        f"{where}: {stored} would overwrite the base, but modules_to_save does not name it",
-                        RESAVE,
-                    )
-                )
-    problems += [
-        Problem(
-            f"{where}: {name} has factors but the config gives it no LoRA: PEFT would silently run without them",
-            "if it was trained, name it in target_modules; if not, save the adapter without its tensors",
-        )
-        for name in grouped(ignored)
-    ]
-    problems += [
-        Problem(
-            f"{where}: {name} has dtype {spec.dtype.name}", f"save it as one of {', '.join(WEIGHT_DTYPES)}"
-        )
-        for name, spec in specs.items()
-        if spec.dtype.name not in WEIGHT_DTYPES
-    ]
-    problems += [
-        Problem(f"{where}: {name} has shape {list(spec.shape)}, which has no elements", RESAVE)
-        for name, spec in specs.items()
-        if spec.size == 0
-    ]
+                faults.add(stored, "would overwrite the base, but modules_to_save does not name it", RESAVE)
+    foreign = {dtype for dtype in {spec.dtype for spec in specs.values()} if dtype.name not in WEIGHT_DTYPES}
+    for name, spec in specs.items():
+        if spec.dtype in foreign:
+            faults.add(name, f"has dtype {spec.dtype.name}", f"save it as one of {', '.join(WEIGHT_DTYPES)}")
+        if spec.size == 0:
+            faults.add(name, f"has shape {list(spec.shape)}, which has no elements", RESAVE)
+    problems += faults.problems
     # of models that share modules, each has others as well: what must be there is known once one is left
     if isinstance(config, AdapterConfig) and len(model_names(possible)) == 1:
         problems += lost_problems(
@@ -160,32 +136,36 @@ def _strays(where: str, names: Mapping[str, str], possible: Sequence[Match]) -> 
     ]
 
 
-def _pair_problems(source: Source, where: str, module: str, a: str, b: str) -> list[Problem]:
-    missing = [name for name in (a, b) if name not in source.specs]
+def _check_pair(specs: Mapping[str, Spec], faults: Alike, module: str, a: str, b: str) -> None:
+    """Both factors of a module are there, and fit each other."""
+    missing = [name for name in (a, b) if name not in specs]
     if missing:
-        return [Problem(f"{where}: {missing[0]} is missing; PEFT would silently run without it", RESAVE)]
-    shape_a, shape_b = source.specs[a].shape, source.specs[b].shape
+        faults.add(missing[0], "is missing; PEFT would silently run without it", RESAVE)
+        return
+    shape_a, shape_b = specs[a].shape, specs[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
-        return [
-            Problem(
-                f"{where}: {module} has lora_A {list(shape_a)} and lora_B {list(shape_b)}, which do not match",
-                RESAVE,
-            )
-        ]
-    return []
+        faults.add(
+            module, f"has lora_A {list(shape_a)} and lora_B {list(shape_b)}, which do not match", RESAVE
+        )
 
 
 def _module(
-    source: Source, config: AdapterConfig, where: str, module: str, a: str, b: str
-) -> tuple[Module | None, bool, list[Problem]]:
-    """The factors of one module, and whether PEFT applies them."""
+    specs: Mapping[str, Spec], config: AdapterConfig, where: str, faults: Alike, module: str, a: str, b: str
+) -> Module | Problem | None:
+    """The factors of one module, or the problem that its config cannot be read in time."""
     try:
-        rank, scale, applies = config.rank(module), config.scale(module), config.applies(module)
+        rank = config.rank(module)
+        scale, applies = config.scale(module, rank), config.applies(module)
     except TimeoutError:
-        cause = f"{where}/{CONFIG}: matching its patterns takes longer than {SECONDS:g} s"
-        return None, True, [Problem(cause, RESAVE)]
-    stored = source.specs[a].shape[0] if source.specs[a].shape else 0
+        return Problem(f"{where}: matching its patterns {config.clock.spent}", RESAVE)
+    if not applies:
+        faults.add(
+            module,
+            "has factors but the config gives it no LoRA: PEFT would silently run without them",
+            "if it was trained, name it in target_modules; if not, save the adapter without its tensors",
+        )
+    stored = specs[a].shape[0] if specs[a].shape else 0
     if stored != rank:
-        cause = f"{where}: {module} has rank {stored} but the config gives it {rank}"
-        return None, applies, [Problem(cause, RESAVE)]
-    return Module(a, b, rank, scale), applies, []
+        faults.add(module, f"has rank {stored} but the config gives it {rank}", RESAVE)
+        return None
+    return Module(a, b, rank, scale)

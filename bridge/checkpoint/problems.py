@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from bridge.arrays import WEIGHT_DTYPES
+from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.match import Fit
 from bridge.errors import CheckpointRefused, Problem
@@ -13,9 +13,34 @@ from bridge.formats.contract import Source
 from bridge.formats.safetensors.header import MAX_TENSORS
 from bridge.rules.family import families
 from bridge.rules.model import Model
-from bridge.rules.names import grouped, skeleton
+from bridge.rules.names import Names, grouped, skeleton
+from bridge.rules.rule import Rule
 
 RECOPY = "copy the checkpoint again, or re-download it"
+
+
+class Alike:
+    """Problems of names: those that differ in numbers alone become one line.
+
+    Args:
+        where: what the names are in.
+    """
+
+    def __init__(self, where: object) -> None:
+        self._where = where
+        self._names: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, name: str, says: str, fix: str) -> None:
+        """A problem of one name: what is wrong with it, after the name, and what to do."""
+        self._names.setdefault((says, fix), []).append(name)
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [
+            Problem(f"{self._where}: {name} {says}", fix)
+            for (says, fix), names in self._names.items()
+            for name in grouped(names)
+        ]
 
 
 def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
@@ -49,21 +74,29 @@ def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
     return problems
 
 
-def misshapen(source: Source, name: str, shape: tuple[int, ...], axes: tuple[str, ...], why: str) -> Problem:
-    """An array of another number of axes than its rule's."""
-    return Problem(
-        f"{source.location}: {name} has {len(shape)} {'axis' if len(shape) == 1 else 'axes'} {list(shape)}; "
-        f"expected {len(axes)} ({', '.join(axes) if any(' ' in axis for axis in axes) else ' '.join(axes)})",
-        f"{why}: re-download the checkpoint",
-    )
+def misshapen(
+    source: Source, names: Iterable[str], shape: tuple[int, ...], axes: tuple[str, ...], why: str
+) -> list[Problem]:
+    """Arrays of another number of axes than their rule's."""
+    return [
+        Problem(
+            f"{source.location}: {name} has {len(shape)} {'axis' if len(shape) == 1 else 'axes'} {list(shape)}; "
+            f"expected {len(axes)} ({', '.join(axes) if any(' ' in axis for axis in axes) else ' '.join(axes)})",
+            f"{why}: re-download the checkpoint",
+        )
+        for name in grouped(names)
+    ]
 
 
 def dtype_problems(source: Source, runtime: str) -> list[Problem]:
     """Arrays that are not weights: of another dtype, or without elements."""
-    by_dtype: dict[str, list[str]] = {}
+    by_spec: dict[Spec, list[str]] = {}
     for name, spec in source.specs.items():
+        by_spec.setdefault(spec, []).append(name)
+    by_dtype: dict[str, list[str]] = {}
+    for spec, names in by_spec.items():
         if spec.dtype.name not in WEIGHT_DTYPES:
-            by_dtype.setdefault(spec.dtype.name, []).append(name)
+            by_dtype.setdefault(spec.dtype.name, []).extend(names)
     return [
         Problem(
             f"{source.location}: {name} has dtype {dtype}",
@@ -73,8 +106,9 @@ def dtype_problems(source: Source, runtime: str) -> list[Problem]:
         for name in grouped(names)
     ] + [
         Problem(f"{source.location}: {name} has shape {list(spec.shape)}, which has no elements", RECOPY)
-        for name, spec in source.specs.items()
+        for spec, names in by_spec.items()
         if spec.size == 0
+        for name in grouped(names)
     ]
 
 
@@ -146,17 +180,35 @@ def absent_leaves(
 
 
 def absence_problems(
-    source: Source, model: Model, stored: Mapping[str, str], sizes: Mapping[str, int]
+    source: Source,
+    model: Model,
+    stored: Mapping[str, str],
+    sizes: Mapping[str, int],
+    counts: Mapping[str, int],
 ) -> list[Problem]:
     """Weights of single layers that are missing, once the number of layers is known.
 
     Not those that are missing in all layers: their names are missing already.
+
+    Args:
+        source: the state_dict.
+        model: which it is.
+        stored: name in the rules -> name in the source.
+        sizes: of all axes that are known.
+        counts: how many weights of each rule there are, by the rule's own name for them.
     """
-    known = {skeleton(name)[0] for name in stored}
+
+    parts = {rule.weight: part.name for part in model.parts for rule in part.rules}
+
+    def lacks_some(rule: Rule) -> bool:
+        axes = (model.qualified(parts[rule.weight], axis) for axis in rule.template.axes)
+        return 0 < counts.get(rule.weight, 0) != math.prod(sizes.get(axis, 0) for axis in axes)
+
     absent = [
-        name
-        for bound in model.bind(sizes)
-        for name in bound.names.values()
-        if name not in stored and skeleton(name)[0] in known
+        name for bound in model.bind(sizes, lacks_some) for name in bound.names.values() if name not in stored
     ]
-    return [Problem(f"{source.location}: {name} is missing", RECOPY) for name in grouped(absent)]
+    known = Names.of(stored if absent else ()).kinds
+    return [
+        Problem(f"{source.location}: {name} is missing", RECOPY)
+        for name in grouped(name for name in absent if skeleton(name)[0] in known)
+    ]

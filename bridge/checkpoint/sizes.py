@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bridge.display import with_article
@@ -19,6 +19,7 @@ from bridge.formats.disk.location import Location
 from bridge.publish.record import read_record
 from bridge.rules.equation import UNIT
 from bridge.rules.model import Model, Part
+from bridge.rules.names import grouped
 
 #: layers that may be missing below the highest before the number itself is taken for the fault
 MAX_GAP = 1000
@@ -33,23 +34,30 @@ class Dimension:
     length: int
     where: str
     """The array, for messages."""
+    alike: tuple[str, ...] = ()
+    """Further arrays of which the same is true, so that a thousand layers are one equation."""
+
+    @property
+    def arrays(self) -> list[str]:
+        """All the arrays, grouped."""
+        return grouped((self.where, *self.alike))
 
 
 def dimensions(
-    model: Model, part: Part, dims: Iterable[tuple[tuple[str, ...], int]], where: str
+    model: Model, part: Part, dims: Iterable[tuple[tuple[str, ...], int]], arrays: Sequence[str]
 ) -> Iterator[Dimension]:
-    """The dimensions of one array.
+    """The dimensions of arrays of one rule and shape.
 
     Args:
         model: for the names under which sizes are kept.
-        part: whose array it is.
-        dims: for each axis of the array, the axes it is the product of, and its length.
-        where: the array, for messages.
+        part: whose arrays they are.
+        dims: for each of their axes, the axes it is the product of, and its length.
+        arrays: their names, for messages.
     """
     for axes, length in dims:
         # a literal 1 is checked like an axis whose size is known
         named = tuple(axis if axis == UNIT else model.qualified(part.name, axis) for axis in axes)
-        yield Dimension(named, length, where)
+        yield Dimension(named, length, arrays[0], tuple(arrays[1:]))
 
 
 def fixed_dimensions(model: Model, runtime: str, seen: Iterable[Dimension]) -> list[Dimension]:
@@ -210,9 +218,9 @@ def _solve_axes(single: Mapping[str, list[Dimension]], sizes: dict[str, int]) ->
         if axis not in sizes:
             sizes[axis] = _majority(dimensions)
         agree = next((each.where for each in dimensions if each.length == sizes[axis]), "the config")
-        problems += [
-            _disagree(axis, each, sizes[axis], agree) for each in dimensions if each.length != sizes[axis]
-        ]
+        for each in dimensions:
+            if each.length != sizes[axis]:
+                problems += _disagree(axis, each, sizes[axis], agree)
     return problems
 
 
@@ -225,11 +233,11 @@ def _solve_groups(groups: list[Dimension], sizes: dict[str, int], problems: list
             unknown = [axis for axis in group.axes if axis not in sizes]
             rest = math.prod(sizes[axis] for axis in group.axes if axis in sizes)
             if not unknown and rest != group.length:
-                problems.append(_disagree(" x ".join(group.axes), group, rest, "the other tensors"))
+                problems += _disagree(" x ".join(group.axes), group, rest, "the other tensors")
             elif len(unknown) == 1 and rest > 0 and group.length % rest == 0:
                 sizes[unknown[0]] = group.length // rest
             elif len(unknown) == 1:
-                problems.append(_indivisible(group, rest))
+                problems += _indivisible(group, rest)
             elif unknown:
                 later.append(group)
         if len(later) == len(unsolved):
@@ -246,9 +254,9 @@ def _product_problems(unsolved: list[Dimension]) -> list[Problem]:
     for axes, dimensions in products.items():
         length = _majority(dimensions)
         agree = next(each.where for each in dimensions if each.length == length)
-        problems += [
-            _disagree(" x ".join(axes), each, length, agree) for each in dimensions if each.length != length
-        ]
+        for each in dimensions:
+            if each.length != length:
+                problems += _disagree(" x ".join(axes), each, length, agree)
     return problems
 
 
@@ -268,19 +276,28 @@ def _multiple_problems(model: Model, sizes: Mapping[str, int]) -> list[Problem]:
 
 
 def _majority(dimensions: list[Dimension]) -> int:
-    return Counter(each.length for each in dimensions).most_common(1)[0][0]
+    votes = Counter[int]()
+    for each in dimensions:
+        votes[each.length] += 1 + len(each.alike)
+    return votes.most_common(1)[0][0]
 
 
-def _indivisible(dimension: Dimension, rest: int) -> Problem:
-    return Problem(
-        f"{dimension.where}: {' x '.join(dimension.axes)} is {dimension.length}, not a multiple of {rest} "
-        "in the other tensors",
-        "the checkpoint mixes models of different dimensions: re-download it",
-    )
+def _indivisible(dimension: Dimension, rest: int) -> list[Problem]:
+    return [
+        Problem(
+            f"{where}: {' x '.join(dimension.axes)} is {dimension.length}, not a multiple of {rest} "
+            "in the other tensors",
+            "the checkpoint mixes models of different dimensions: re-download it",
+        )
+        for where in dimension.arrays
+    ]
 
 
-def _disagree(axis: str, dimension: Dimension, expected: int, agree: str) -> Problem:
-    return Problem(
-        f"{dimension.where}: {axis} is {dimension.length}, but {expected} in {agree}",
-        "the checkpoint mixes models of different dimensions: re-download it",
-    )
+def _disagree(axis: str, dimension: Dimension, expected: int, agree: str) -> list[Problem]:
+    return [
+        Problem(
+            f"{where}: {axis} is {dimension.length}, but {expected} in {agree}",
+            "the checkpoint mixes models of different dimensions: re-download it",
+        )
+        for where in dimension.arrays
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, WeightsCheckpoint
 from bridge.checkpoint.leave_out import NOTHING, LeftOut, without
-from bridge.checkpoint.match import Fit, fit_weights, known_weight, place_weights
+from bridge.checkpoint.match import Fit, fit_weights, known_weights, place_weights
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.peft_set import understand_adapter
 from bridge.checkpoint.scales import alpha_problems
@@ -28,7 +28,7 @@ from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG, FILE, FORMAT, MAX_CONFIG
 from bridge.formats.view import View
 from bridge.peft.config import PREFIX, A, B, compose_config, module_of, targets_of
-from bridge.rules.names import Template
+from bridge.rules.names import Names, Template
 from bridge.strict_json import parse_object
 
 #: what a whole model with LoRA consists of, for ``--item``
@@ -73,10 +73,11 @@ def understand_peft(source: Source, opening: Opening = BARE) -> AdapterCheckpoin
 
 def _weights(source: Source, opening: Opening) -> tuple[WeightsCheckpoint, str]:
     """Weights without the prefix that all their names share, where a model fits them better then, and the prefix."""
-    fits, chosen = fit_weights(source.specs), ""
+    names = Names.of(source.specs)
+    fits, chosen = fit_weights(names), ""
     if _errors(fits):
         for prefix in common_prefixes(source.specs):
-            other = fit_weights(name.removeprefix(prefix) for name in source.specs)
+            other = fit_weights(names.without(prefix))
             if _errors(other) < _errors(fits):
                 fits, chosen = other, prefix
     plain = without_prefix(source, chosen) if chosen else source
@@ -93,14 +94,15 @@ def _left_out(source: Source, opening: Opening) -> tuple[Source, LeftOut]:
     """A source without what the user leaves out, by the names it has now."""
     if not opening.leave_out:
         return source, NOTHING
-    fits = fit_weights(source.specs)
+    fits = fit_weights(Names.of(source.specs))
+    in_model = known_weights(fits)
 
     def known(name: str) -> str:
         if FACTOR.fullmatch(name):
             return f"is LoRA: --item {BASE} reads the model without it"
         if any(fit.layout.is_fact(name) for fit in fits):
             return "is a fact that the model needs to run"
-        return f"{fits[0].model.name} has" if fits and known_weight(fits, name) else ""
+        return f"{fits[0].model.name} has" if in_model(name) else ""
 
     return without(source, opening.leave_out, known)
 
@@ -158,7 +160,7 @@ def _config(
         opening: has the alphas.
     """
     alphas, where = opening.alphas, base.source.location
-    places = place_weights(base.model, base.layout, (f"{module}.weight" for module in ranks))
+    places = place_weights(base.model, base.layout, Names.of(f"{module}.weight" for module in ranks))
     parts: dict[str, list[int]] = {}
     modules = []
     for module, rank in ranks.items():

@@ -20,6 +20,9 @@ from bridge.peft.config import PREFIX, A, B
 #: modules that wrap another anywhere in a model and add nothing to it
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
+#: modules that wrap a whole model, at most
+MAX_WRAPPED = 8
+
 #: prefixes that wrap a whole adapter, and may be doubled
 _OUTER = ("module.", PREFIX)
 
@@ -32,8 +35,9 @@ _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<rest>.+)")
 
 def unwrapped(source: Source) -> Source:
     """A source whose names are rid of modules that only wrap another, wherever they stand."""
-    names = {_without_wrappers(name): name for name in source.specs}
-    changed = sorted({part for name in source.specs for part in name.split(".") if part in WRAPPERS})
+    wrapped = [name for name in source.specs if any(wrapper in name for wrapper in WRAPPERS)]
+    changed = sorted({part for name in wrapped for part in name.split(".") if part in WRAPPERS})
+    names = {_without_wrappers(name): name for name in source.specs} if changed else {}
     if not changed or len(names) < len(source.specs):
         return source  # two that would become one are refused as unknown names
     return View.of(source, names, f"{' and '.join(changed)} taken out of the names: a trainer's wrapper")
@@ -46,6 +50,8 @@ def _without_wrappers(name: str) -> str:
 def common_prefixes(names: Iterable[str]) -> list[str]:
     """The dotted prefixes that all names share, the shortest first; never a whole name, nor half of PEFT's.
 
+    Of no more than MAX_WRAPPED segments: what wraps a model is not deep, and each is compared with all models.
+
     >>> common_prefixes(["module.net.a.weight", "module.net.b.weight"])
     ['module.', 'module.net.']
     >>> common_prefixes(["base_model.model.a.weight", "base_model.model.b.weight"])
@@ -54,7 +60,7 @@ def common_prefixes(names: Iterable[str]) -> list[str]:
     listed = list(names)
     shared, left = [""], min(listed, default="")
     rest = max(listed, default="")
-    while "." in left:
+    while "." in left and len(shared) <= MAX_WRAPPED:
         head = PREFIX if left.startswith(PREFIX) else left[: left.index(".") + 1]
         if not rest.startswith(head):
             break
@@ -114,7 +120,8 @@ def take_apart(source: Source) -> Whole | None:
     saved: dict[str, str] = {}
     twice: list[str] = []
     for name in source.specs:
-        factor, copy = FACTOR.fullmatch(name), _SAVED.fullmatch(name)
+        factor = FACTOR.fullmatch(name) if ".lora_" in name else None
+        copy = _SAVED.fullmatch(name) if ".modules_to_save." in name else None
         if factor is not None:
             pair, which = factors.setdefault(factor["module"], {}), factor["which"].lower()
             twice += [name] if which in pair else []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 from bridge.checkpoint.checkpoint import WeightsCheckpoint
 from bridge.checkpoint.given_sizes import contradictions, told_sizes
-from bridge.checkpoint.match import Fit, fit_weights, place_weights
+from bridge.checkpoint.match import Fit, Place, fit_weights, place_weights
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.problems import (
     absence_problems,
@@ -33,6 +34,7 @@ from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.formats.view import View
 from bridge.publish.record import RECORD
+from bridge.rules.names import Names
 
 
 def understand_weights(
@@ -48,18 +50,21 @@ def understand_weights(
     Raises:
         CheckpointRefused: no family's model fits even half of its weights.
     """
-    fits = fit_weights(source.specs) if fits is None else fits
+    names = Names.of(source.specs)
+    fits = fit_weights(names) if fits is None else fits
     if not fits:
         raise unknown(source, source.specs)
     # models whose PyTorch names are the same differ in shapes; that of fewer leaves is the special case
-    read = [_as_weights(source, fit, opening) for fit in fits]
+    read = [_as_weights(source, names, fit, opening) for fit in fits]
     best, faults = min(read, key=lambda each: (len(each[0].problems), len(list(each[0].model.rules))))
     return replace(best, problems=(*best.problems, *faults))
 
 
-def _as_weights(source: Source, fit: Fit, opening: Opening) -> tuple[WeightsCheckpoint, list[Problem]]:
+def _as_weights(
+    source: Source, names: Names, fit: Fit, opening: Opening
+) -> tuple[WeightsCheckpoint, list[Problem]]:
     """A state_dict as one of a model, and what is wrong with the sizes that the user gave."""
-    model, runtime = fit.model, fit.family.runtime
+    model, runtime, specs = fit.model, fit.family.runtime, source.specs
     problems = fit_problems(source, fit, "tensor") + dtype_problems(source, runtime)
     # a tied weight may be stored under its alias, or under both names
     renamed: dict[str, str] = {}
@@ -71,28 +76,33 @@ def _as_weights(source: Source, fit: Fit, opening: Opening) -> tuple[WeightsChec
                 renamed[kept] = name
             elif of not in model.applied:
                 stored[alias] = name
-    places = place_weights(model, fit.layout, (*source.specs, *renamed))
-    seen: list[Dimension] = []
     numbers = Numbers(model)
-    for effective, place in places.items():
+    counts = Counter[str]()
+    alike: dict[tuple[str, tuple[int, ...]], tuple[Place, list[str]]] = {}
+    for effective, place in place_weights(model, fit.layout, names.and_of(renamed)).items():
         name = renamed.get(effective, effective)
         stored[place.weight] = name
+        counts[place.rule.weight] += 1
+        shape = specs[name].shape
+        alike.setdefault((place.rule.weight, shape), (place, []))[1].append(name)
+        if len(shape) == len(place.rule.equation.right):
+            numbers.add(place.part, {axis: place.at[axis] for axis in place.rule.template.numbered})
+    seen: list[Dimension] = []
+    for (_, shape), (place, arrays) in alike.items():
         groups = place.rule.equation.right
-        shape = source.specs[name].shape
-        if len(shape) != len(groups):
+        if len(shape) == len(groups):
+            seen += dimensions(model, place.part, zip(groups, shape, strict=True), arrays)
+        else:
             axes = tuple(" x ".join(group) for group in groups)
-            problems.append(
-                misshapen(source, name, shape, axes, f"this is not {with_article(model.name)} checkpoint")
+            problems += misshapen(
+                source, arrays, shape, axes, f"this is not {with_article(model.name)} checkpoint"
             )
-            continue
-        seen += dimensions(model, place.part, zip(groups, shape, strict=True), name)
-        numbers.add(place.part, {axis: place.at[axis] for axis in place.rule.template.numbered})
     counted, gaps = numbers.dimensions()
     seen = [*fixed_dimensions(model, runtime, seen), *seen, *counted]
     sizes, disagreements, faults = _solve(source, fit, seen, opening)
     problems += located(source, [*gaps, *disagreements])
     too_many = count_problems(source, model, sizes)
-    problems += too_many or absence_problems(source, model, stored, sizes)
+    problems += too_many or absence_problems(source, model, stored, sizes, counts)
     doubts, notes = ([], []) if problems else _config_doubts(source, fit, seen, opening)
     problems += located(source, doubts)
     weights = WeightsCheckpoint(

@@ -12,11 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from bridge.errors import Problem
 from bridge.peft.fields import unloadable
-from bridge.peft.patterns import SECONDS, Clock
+from bridge.peft.patterns import Clock, Patterns
 from bridge.peft.targets import RESTORE, Targets, read_targets
 from bridge.rules.names import Segment, Template
 from bridge.strict_json import shown
@@ -59,16 +60,27 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank of a module. Raises TimeoutError if matching the patterns takes too long."""
-        return self.rank_pattern.get(self._first(self.rank_pattern, module), self.r)
+        pattern = self.rank_patterns.first(module)
+        return self.r if pattern is None else self.rank_pattern[pattern]
 
-    def scale(self, module: str) -> float:
-        """The scale of a module's product at run time. Raises TimeoutError, as :meth:`rank` does."""
-        rank, alpha = self.rank(module), self.alpha_of(module)
+    def scale(self, module: str, rank: int | None = None) -> float:
+        """The scale of a module's product at run time, whose rank may be given. Raises TimeoutError, as
+        :meth:`rank` does."""
+        rank, alpha = rank or self.rank(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module. Raises TimeoutError, as :meth:`rank` does."""
-        return self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.alpha)
+        pattern = self.alpha_patterns.first(module)
+        return self.alpha if pattern is None else self.alpha_pattern[pattern]
+
+    @cached_property
+    def rank_patterns(self) -> Patterns:
+        return Patterns(self.rank_pattern, self.clock)
+
+    @cached_property
+    def alpha_patterns(self) -> Patterns:
+        return Patterns(self.alpha_pattern, self.clock)
 
     def applies(self, module: str) -> bool:
         """Whether PEFT adds LoRA to a linear layer. Raises TimeoutError, as :meth:`rank` does."""
@@ -76,17 +88,32 @@ class AdapterConfig:
 
     def saves(self, module: str) -> bool:
         """Whether PEFT saves a copy of this module, or of one that contains it, in the adapter."""
+        if not self.modules_to_save:
+            return False
         paths = itertools.accumulate(module.split("."), "{}.{}".format)
-        return any(path.endswith(self.modules_to_save) for path in paths)
+        return any(path[-length:] in names for path in paths for length, names in self._saved.items())
 
-    def _first(self, patterns: Mapping[str, object], module: str) -> str:
-        return next(iter(self.clock.matching(patterns, module)), "")
+    @cached_property
+    def _saved(self) -> Mapping[int, Collection[str]]:
+        """The ends of paths that are saved whole, by their lengths: there may be thousands."""
+        by_length: dict[int, set[str]] = {}
+        for name in self.modules_to_save:
+            by_length.setdefault(len(name), set()).add(name)
+        return by_length
 
 
-def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | None, list[Problem]]:
-    """Read a config; a problem names each field that would make PEFT compute something else."""
+def read_config(
+    config: Mapping[str, Any], where: str, modules: int = 0
+) -> tuple[AdapterConfig | None, list[Problem]]:
+    """Read a config; a problem names each field that would make PEFT compute something else.
+
+    Args:
+        config: the JSON object.
+        where: its file, for messages.
+        modules: how many its patterns will be matched with, as far as that is known.
+    """
     problems: list[Problem] = []
-    clock = Clock()
+    clock = Clock(modules=modules)
 
     def refuse(cause: str, fix: str) -> None:
         problems.append(Problem(f"{where}: {cause}", fix))
@@ -135,7 +162,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[AdapterConfig | 
                 if (why := clock.check(pattern))
             ]
         except TimeoutError:
-            refuse(f"matching the patterns of {name} takes longer than {SECONDS:g} s", RESTORE)
+            refuse(f"matching the patterns of {name} {clock.spent}", RESTORE)
         patterns[name] = value
     saved = config.get("modules_to_save") or []
     if (

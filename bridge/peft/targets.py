@@ -6,13 +6,14 @@ Facts: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``,
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import Problem
-from bridge.peft.patterns import SECONDS, Clock
+from bridge.peft.patterns import Clock, Patterns, endings
 
 ALL_LINEAR = "all-linear"
 RESTORE = "restore the adapter_config.json that was saved with the adapter"
@@ -27,8 +28,8 @@ class Targets:
 
     included: str | frozenset[str]
     excluded: str | frozenset[str]
-    saved: tuple[str, ...]
-    """``modules_to_save``: neither they nor modules inside them get LoRA."""
+    saved: Patterns | None
+    """``modules_to_save``, which PEFT matches as patterns: neither they nor modules inside them get LoRA."""
     layers: frozenset[int]
     """The only layers that get LoRA; empty for all."""
     layers_patterns: tuple[str, ...]
@@ -42,8 +43,7 @@ class Targets:
         """
         if self.excluded and _matches(self.excluded, module, clock):
             return False
-        # PEFT matches each name as a pattern; joined, a thousand cost no more than one
-        if self.saved and clock.match(rf"(^|.*\.)({'|'.join(self.saved)})($|\..*)", module) is not None:
+        if self.saved is not None and _is_saved(self.saved, module):
             return False
         if isinstance(self.included, str) and self.included.lower() == ALL_LINEAR:
             return True
@@ -63,21 +63,20 @@ class Targets:
         return None
 
 
+def _is_saved(saved: Patterns, module: str) -> bool:
+    """Whether a module is one of those that are saved whole, or inside one."""
+    paths = itertools.accumulate(module.split("."), "{}.{}".format)
+    return any(saved.first(path) is not None for path in paths)
+
+
 def _matches(wanted: str | frozenset[str], module: str, clock: Clock) -> bool:
     if isinstance(wanted, str):
         return clock.match(wanted, module, whole=True) is not None
-    return any(ending in wanted for ending in _endings(module))
-
-
-def _endings(module: str) -> Iterator[str]:
-    """The path, and its tail after each dot."""
-    while module:
-        yield module
-        module = module.partition(".")[2]
+    return any(ending in wanted for ending in endings(module))
 
 
 def read_targets(
-    config: Mapping[str, Any], saved: Iterable[str], clock: Clock, where: str
+    config: Mapping[str, Any], saved: Collection[str], clock: Clock, where: str
 ) -> tuple[Targets | None, list[Problem]]:
     """Read the fields; the problems are what PEFT would refuse, too."""
     problems: list[Problem] = []
@@ -101,7 +100,7 @@ def read_targets(
         try:
             why = clock.check(pattern)
         except TimeoutError:
-            why = f"takes longer than {SECONDS:g} s to match"
+            why = f"{clock.spent} to match"
         if why:
             refuse(f"{name} has a pattern that {why}")
 
@@ -133,4 +132,5 @@ def read_targets(
         refuse("layers_pattern is set without layers_to_transform, which PEFT rejects")
     if problems:
         return None, problems
-    return Targets(included, excluded, tuple(saved), frozenset(layers or ()), tuple(patterns or ())), []
+    whole = Patterns(saved, clock) if saved else None
+    return Targets(included, excluded, whole, frozenset(layers or ()), tuple(patterns or ())), []

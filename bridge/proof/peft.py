@@ -263,11 +263,11 @@ def _pattern_problems(directory: Path, config: AdapterConfig, modules: Mapping[s
     return [
         Problem(f"{directory}: {len(hits)} patterns of {field} match {module}", FIX)
         for field, patterns in (
-            ("rank_pattern", config.rank_pattern),
-            ("alpha_pattern", config.alpha_pattern),
+            ("rank_pattern", config.rank_patterns),
+            ("alpha_pattern", config.alpha_patterns),
         )
         for module in modules
-        if len(hits := config.clock.matching(patterns, module)) > 1
+        if len(hits := patterns.all(module)) > 1
     ]
 
 

@@ -341,11 +341,11 @@ def _stacks(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
 
 def _place(weight: str) -> tuple[str, int | None]:
     """The name with its first number, the layer, as a wildcard; and that number."""
-    parts, numbers = skeleton(weight)
+    texts, numbers = skeleton(weight)
     if not numbers:
         return weight, None
-    rest = iter(("*", *numbers[1:]))
-    return ".".join(str(next(rest)) if part is None else part for part in parts), numbers[0]
+    rest = map("{}{}".format, ("*", *numbers[1:]), texts[1:])
+    return texts[0] + "".join(rest), numbers[0]
 
 
 def _short(weights: Iterable[Weight]) -> Mapping[str, str]:

@@ -7,9 +7,10 @@ by shapes (:mod:`bridge.checkpoint.sizes`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 from bridge.rules.equation import Index
 from bridge.rules.names import NameIndex
@@ -17,6 +18,9 @@ from bridge.rules.rule import Rule
 
 Sizes = Mapping[str, int]
 """Size of every axis, by qualified name (``"decoder.width"``)."""
+
+Wanted: TypeAlias = Callable[[Rule], bool]
+"""Whether to take a rule."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,19 @@ class Layout:
 
     def is_fact(self, name: str) -> bool:
         """Whether an array of this name is a fact beside the weights."""
-        return bool(self.facts) and re.fullmatch(self.facts, name) is not None
+        return self._fact is not None and self._fact.fullmatch(name) is not None
+
+    @cached_property
+    def _fact(self) -> re.Pattern[str] | None:
+        return re.compile(self.facts) if self.facts else None
+
+    @cached_property
+    def _longest_first(self) -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(self.prefixes, key=lambda pair: -len(pair[0])))
 
     def rename(self, weight: str) -> str:
         """The name (or template) ``weight`` has in this layout."""
-        for old, new in sorted(self.prefixes, key=lambda pair: -len(pair[0])):
+        for old, new in self._longest_first:
             if weight.startswith(old):
                 return new + weight.removeprefix(old)
         return weight
@@ -188,16 +200,18 @@ class Model:
         """The sizes that the rules of ``part`` speak of, by their own axis names."""
         return {axis: sizes[q] for axis in part.axes if (q := self.qualified(part.name, axis)) in sizes}
 
-    def bind(self, sizes: Sizes) -> Iterator[Bound]:
+    def bind(self, sizes: Sizes, wanted: Wanted | None = None) -> Iterator[Bound]:
         """Every rule with its sizes, once for each leaf it stands for.
 
         Args:
             sizes: of the placeholders at least; rules that lack some are left out.
+            wanted: which rules, if not all.
         """
-        for part, rule in self.leaves(sizes):
+        for part in self.parts:
             local = self.local_sizes(part, sizes)
-            if all(axis in local for axis in rule.equation.placeholders):
-                yield Bound(part, rule, local)
+            for rule in _leaves(part, local, wanted):
+                if all(axis in local for axis in rule.equation.placeholders):
+                    yield Bound(part, rule, local)
 
     def leaves(self, sizes: Sizes) -> Iterator[tuple[Part, Rule]]:
         """Every rule, once for each leaf it stands for.
@@ -206,10 +220,7 @@ class Model:
             sizes: of the placeholders of paths at least; rules that lack some are left out.
         """
         for part in self.parts:
-            local = self.local_sizes(part, sizes)
-            for rule in part.rules:
-                if all(axis in local for axis in rule.path.axes):
-                    yield from ((part, each) for each in rule.bind(local))
+            yield from ((part, rule) for rule in _leaves(part, self.local_sizes(part, sizes)))
 
     @cached_property
     def weight_index(self) -> NameIndex[tuple[Part, Rule]]:
@@ -246,6 +257,13 @@ class Model:
     def layout(self, name: str) -> Layout | None:
         """The layout of a name, where it is written."""
         return next((layout for layout in self.written if layout.name == name), None)
+
+
+def _leaves(part: Part, local: Mapping[str, int], wanted: Wanted | None = None) -> Iterator[Rule]:
+    """The rules of a part, once for each leaf: those whose paths' sizes are known."""
+    for rule in part.rules:
+        if (wanted is None or wanted(rule)) and all(axis in local for axis in rule.path.axes):
+            yield from rule.bind(local)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
-Skeleton = tuple[str | None, ...]
-"""A name by its dotted segments, ``None`` where a number stands."""
+Skeleton = tuple[str, ...]
+"""The text of a name around its numbers: equal for names that differ in those alone."""
 
 Form = tuple[str | tuple[str], ...]
 """A name by its segments; where a number is left open, the text before it in a tuple of its own."""
@@ -27,7 +27,8 @@ _PLACEHOLDER = re.compile(r"([^{}]*)\{(\w+)(?::([\w|]+))?\}")
 # "007" is not how a layer is named: reading it as 7 would make two names the same
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _NUMBERED = re.compile(rf"(|.*\D)({_NUMBER})")
-_WHOLE = re.compile(_NUMBER)
+#: a number that is a whole dotted segment
+_WHOLE = re.compile(rf"(?<![^.])({_NUMBER})(?![^.])")
 #: segments of a name that may be read both as they stand and as a number
 MAX_NUMBERS = 6
 #: a number that is a whole segment, or ends one after an underscore
@@ -81,7 +82,18 @@ class Template:
 
     def format(self, at: Mapping[str, int]) -> str:
         """The name at an index, given by axis; placeholders whose axis is not given stay."""
+        if all(axis in at for axis in self.axes):
+            words = {axis: words[at[axis]] for axis, words in self.choices.items()}
+            return self._pattern.format_map({**at, **words} if words else at)
         return self.separator.join(segment.format(at) for segment in self.segments)
+
+    @cached_property
+    def _pattern(self) -> str:
+        """The name as a format string of Python."""
+        return self.separator.join(
+            segment.text if segment.axis is None else f"{segment.text}{{{segment.axis}}}"
+            for segment in self.segments
+        )
 
     def forms(self) -> Iterator[tuple[Form, dict[str, int]]]:
         """Each form the name can take with its numbers left open, and the choices it stands for."""
@@ -96,6 +108,15 @@ class Template:
                 ),
                 chosen,
             )
+
+    @cached_property
+    def kinds(self) -> frozenset[Skeleton]:
+        """What its names are but for their numbers."""
+        names = (
+            self.separator.join(segment if isinstance(segment, str) else f"{segment[0]}0" for segment in form)
+            for form, _ in self.forms()
+        )
+        return frozenset(skeleton(name)[0] for name in names)
 
     @cached_property
     def numbered(self) -> tuple[str, ...]:
@@ -115,6 +136,48 @@ def _segment(part: str, template: Template) -> Segment:
         )
     text, axis, choices = match.groups()
     return Segment(text, axis, tuple(choices.split("|")) if choices else ())
+
+
+@dataclass(frozen=True)
+class Names:
+    """Dotted names, taken apart once for all the models that they are compared with."""
+
+    apart: Mapping[str, tuple[Skeleton, tuple[int, ...]]]
+    """Name -> its text around numbers, and those numbers, in the order of the names."""
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        return cls({name: skeleton(name) for name in names})
+
+    def without(self, prefix: str) -> Names:
+        """The names without a prefix that all of them have."""
+        if skeleton(prefix)[1]:
+            return Names.of(name.removeprefix(prefix) for name in self.apart)
+        rest = len(prefix)
+        return Names(
+            {
+                name[rest:]: ((kind[0][rest:], *kind[1:]), numbers)
+                for name, (kind, numbers) in self.apart.items()
+            }
+        )
+
+    def and_of(self, names: Iterable[str]) -> Names:
+        """These names and others."""
+        others = Names.of(names)
+        return Names({**self.apart, **others.apart}) if others.apart else self
+
+    @cached_property
+    def kinds(self) -> Mapping[Skeleton, str]:
+        """A name of each kind."""
+        return {kind: name for name, (kind, _) in self.apart.items()}
+
+    @cached_property
+    def by_head(self) -> Mapping[str, Mapping[Skeleton, str]]:
+        """The kinds by the first segment of their names."""
+        by_head: dict[str, dict[Skeleton, str]] = {}
+        for kind, name in self.kinds.items():
+            by_head.setdefault(name.partition(".")[0], {})[kind] = name
+        return by_head
 
 
 @dataclass(frozen=True)
@@ -150,6 +213,42 @@ class NameIndex(Generic[V]):
         numbers = (int(match[2]) for part in opened if (match := _NUMBERED.fullmatch(part)))
         return value, {**chosen, **dict(zip(template.numbered, numbers, strict=True))}
 
+    def find_all(self, names: Names) -> dict[str, tuple[V, dict[str, int]]]:
+        """What each name stands for that is known, in the order of the names: as :meth:`find`."""
+        if self._literal:
+            return {name: place for name in names.apart if (place := self.find(name)) is not None}
+        known = {kind: self._by_form[form] for kind, form in self._known_kinds(names)}
+        if not known:
+            return {}
+        found = {}
+        for name, (kind, numbers) in names.apart.items():
+            if kind in known:
+                template, value, chosen = known[kind]
+                at = dict(zip(template.numbered, numbers, strict=True))
+                found[name] = value, {**chosen, **at} if chosen else at
+        return found
+
+    def forms_of(self, names: Names) -> tuple[set[Form], Callable[[str], bool]]:
+        """The forms of names, and whether one of the names has any."""
+        if self._literal:
+            forms = {name: form for name in names.apart if (form := self.form_of(name)) is not None}
+            return set(forms.values()), forms.__contains__
+        kinds = dict(self._known_kinds(names))
+        return set(kinds.values()), lambda name: names.apart[name][0] in kinds
+
+    def _known_kinds(self, names: Names) -> Iterator[tuple[Skeleton, Form]]:
+        """The forms of kinds, one look for each: a hundred thousand names are of a few."""
+        for head, kinds in names.by_head.items():
+            if head in self._segments or head.isdigit():
+                for kind, name in kinds.items():
+                    if (form := self.form_of(name)) is not None:
+                        yield kind, form
+
+    @cached_property
+    def _literal(self) -> bool:
+        """Whether a number stands in a template as it is, so that names of one kind may have several forms."""
+        return any(type(segment) is str and _WHOLE.fullmatch(segment) for segment in self._segments)
+
     def form_of(self, name: str) -> Form | None:
         """The form under which a name is known: equal for names that differ in their numbers alone."""
         ways: list[list[str | tuple[str]]] = []
@@ -170,15 +269,17 @@ class NameIndex(Generic[V]):
 
 
 def skeleton(name: str) -> tuple[Skeleton, tuple[int, ...]]:
-    """``name`` by dotted segments, its all-digit segments left open, and those numbers in order."""
-    parts = name.split(".")
-    is_number = [part[:1].isdigit() and _WHOLE.fullmatch(part) is not None for part in parts]
-    numbers = tuple(int(part) for part, number in zip(parts, is_number, strict=True) if number)
-    return tuple(None if number else part for part, number in zip(parts, is_number, strict=True)), numbers
+    """``name`` by the text around the numbers that are whole dotted segments, and those numbers in order.
+
+    >>> skeleton("layers.3.mlp.weight")
+    (('layers.', '.mlp.weight'), (3,))
+    """
+    parts = _WHOLE.split(name)
+    return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def numberless(name: str) -> tuple[str, ...]:
-    """The text of a name around its numbers: equal for names that differ in those alone."""
+    """The text of a name around its numbers, those after an underscore among them."""
     return tuple(_NUMBERS.split(name)[::2])
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.rules.names import NameIndex, Template, grouped, skeleton
+from bridge.rules.names import NameIndex, Names, Template, grouped, skeleton
 
 SEGMENTS = st.one_of(
     st.sampled_from(["layers", "w", "mlp", "up_proj", "{0..3}", "{1,3}", "{", "a{0}b", "007", "1a"]),
@@ -157,3 +157,43 @@ def test_an_index_refuses_a_name_that_could_be_read_in_too_many_ways() -> None:
     words, numbers = ".".join(["0"] * 30), ".".join(f"{{n{i}}}" for i in range(30))
     index = NameIndex({Template(words + ".a"): "words", Template(numbers + ".b"): "numbers"})
     assert index.find(words + ".c") is None
+
+
+WEIGHTS = {
+    Template("a.{layer}.{kv:k|v}.w"): "stacked",
+    Template("a.{layer}.norm.{block}.w"): "two numbers",
+    Template("head.w"): "plain",
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {Template("a.0.k.w"): "a number as it stands"}], ids=["open", "literal"]
+)
+@given(st.lists(NAMES | st.sampled_from(["a", "b"]).flatmap(
+    lambda head: st.tuples(st.integers(0, 3), st.sampled_from(["k", "v", "q", "norm.2"])).map(
+        lambda at: f"{head}.{at[0]}.{at[1]}.w"
+    )
+) | st.just("head.w"), max_size=12))  # fmt: skip
+def test_many_names_are_known_as_each_is(more: dict[Template, str], listed: list[str]) -> None:
+    index = NameIndex({**WEIGHTS, **more})
+    names = Names.of(listed)
+    expected = {name: place for name in dict.fromkeys(listed) if (place := index.find(name)) is not None}
+    found = index.find_all(names)
+    assert found == expected and [*found] == [*expected]
+    forms, known = index.forms_of(names)
+    assert forms == {index.form_of(name) for name in expected}
+    assert [name for name in names.apart if known(name)] == [*expected]
+
+
+@given(st.lists(NAMES, min_size=1), st.sampled_from(["x.", "x.0.", "module.y."]))
+def test_a_prefix_is_taken_off_names_taken_apart(listed: list[str], prefix: str) -> None:
+    names = Names.of(prefix + name for name in listed)
+    assert names.without(prefix) == Names.of(listed)
+    assert [*names.without(prefix).apart] == [*Names.of(listed).apart]
+
+
+@given(st.integers(0, 99), st.integers(0, 1))
+def test_a_name_is_formatted_whether_or_not_all_is_given(layer: int, kv: int) -> None:
+    template = Template("a.{layer}.{kv:k|v}.{block}.w")
+    assert template.format({"layer": layer, "kv": kv}) == f"a.{layer}.{'kv'[kv]}.{{block}}.w"
+    assert template.format({"layer": layer, "kv": kv, "block": 7, "x": 1}) == f"a.{layer}.{'kv'[kv]}.7.w"

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class OrbaxSource:
     format: str = "orbax"
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, Spec]:
         return {name: stored.array.spec for name, stored in self.arrays.items()}
 

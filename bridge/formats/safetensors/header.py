@@ -139,9 +139,10 @@ def _parse(text: bytes, size: int) -> Header:
         raise ValueError(f"it lists {len(described)} tensors")
     first = 8 + len(text)
     tensors = {}
+    specs: dict[tuple[str, str], Spec] = {}
     for name, value in described.items():
         try:
-            tensors[name] = _entry(name, value, first)
+            tensors[name] = _entry(name, value, first, specs)
         except ForeignDtype as foreign:
             foreign.args = (f"{name} is {foreign}",)
             raise
@@ -155,7 +156,15 @@ def _parse(text: bytes, size: int) -> Header:
     return Header(tensors, metadata, size)
 
 
-def _entry(name: str, value: Any, first: int) -> TensorEntry:
+def _entry(name: str, value: Any, first: int, specs: dict[tuple[str, str], Spec]) -> TensorEntry:
+    """One entry of a header.
+
+    Args:
+        name: of the tensor.
+        value: what the header says of it.
+        first: offset of the first tensor in the file.
+        specs: those of the entries before, by dtype and shape as they are written: few differ.
+    """
     if not name or len(name) > 1024 or ".." in name or "/" in name or not name.isprintable():
         raise ValueError(f"unsafe tensor name {name[:80]!r}")
     if not isinstance(value, dict):
@@ -164,9 +173,12 @@ def _entry(name: str, value: Any, first: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         check_foreign(dtype)
         raise ValueError(f"{name} has dtype {shown(dtype)}")
-    if not _naturals(shape, at_most=16) or not _naturals(offsets, at_most=2) or len(offsets) != 2:
+    key = dtype, repr(shape)  # which tells 1 from True and 1.0
+    if key not in specs and _naturals(shape, at_most=16):
+        specs[key] = Spec(tuple(shape), _DTYPES[dtype])
+    if key not in specs or not _naturals(offsets, at_most=2) or len(offsets) != 2:
         raise ValueError(f"{name} has shape {shown(shape)} at {shown(offsets)}")
-    spec = Spec(tuple(shape), _DTYPES[dtype])
+    spec = specs[key]
     if spec.nbytes != offsets[1] - offsets[0]:
         raise ValueError(f"{name} is {spec} but has {offsets[1] - offsets[0]} bytes")
     return TensorEntry(spec, first + offsets[0])

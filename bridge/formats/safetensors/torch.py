@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class TorchSource:
     format: str = "torch"
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, Spec]:
         return {name: entry.spec for name, (_, entry) in self.files.items()}
 
