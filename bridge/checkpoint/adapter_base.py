@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.open import open_checkpoint
 from bridge.checkpoint.opening import Opening
 from bridge.display import printable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bridge.checkpoint.checkpoint import TreeCheckpoint
 from bridge.checkpoint.given_sizes import told_sizes
+from bridge.checkpoint.kinds import TreeCheckpoint
 from bridge.checkpoint.leave_out import NOTHING, without
 from bridge.checkpoint.match import Fit, fit_leaves
 from bridge.checkpoint.opening import BARE, Opening

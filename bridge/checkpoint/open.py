@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.directories import find
 from bridge.checkpoint.items import item_of, training_state
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.leaves import understand_tree
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.peft_set import understand_adapter

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.adapter_lost import lost_problems
 from bridge.checkpoint.adapter_model import Match, model_names, possible_models
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, Module
+from bridge.checkpoint.checkpoint import Checkpoint, Module
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.problems import Alike, unknown
 from bridge.checkpoint.trainers import FACTOR

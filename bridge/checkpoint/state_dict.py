@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint, WeightsCheckpoint
+from bridge.checkpoint.checkpoint import Checkpoint
+from bridge.checkpoint.kinds import AdapterCheckpoint, WeightsCheckpoint
 from bridge.checkpoint.leave_out import NOTHING, LeftOut, without
 from bridge.checkpoint.match import Fit, fit_weights, known_weights, place_weights
 from bridge.checkpoint.opening import BARE, Opening

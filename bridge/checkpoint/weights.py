@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bridge.checkpoint.checkpoint import WeightsCheckpoint
 from bridge.checkpoint.given_sizes import contradictions, told_sizes
+from bridge.checkpoint.kinds import WeightsCheckpoint
 from bridge.checkpoint.match import Fit, Place, fit_weights, place_weights
 from bridge.checkpoint.opening import BARE, Opening
 from bridge.checkpoint.problems import (

@@ -18,9 +18,10 @@ import numpy as np
 
 from bridge.arrays import FLOAT32
 from bridge.checkpoint.adapter_base import base_of
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Checkpoint
+from bridge.checkpoint.checkpoint import Checkpoint
 from bridge.checkpoint.identity import identity_problems
 from bridge.checkpoint.inputs import Inputs, shape_problems
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.leave_out import unmatched
 from bridge.checkpoint.open import adapter_of, open_checkpoint
 from bridge.checkpoint.opening import BARE, Opening, opening_of

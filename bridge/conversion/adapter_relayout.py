@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from bridge.arrays import Spec
-from bridge.checkpoint.checkpoint import AdapterCheckpoint, Module
+from bridge.checkpoint.checkpoint import Module
 from bridge.checkpoint.identity import header_of
 from bridge.checkpoint.inputs import Inputs
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.conversion.model_card import card
 from bridge.conversion.options import compress_to
 from bridge.conversion.request import Built, Request

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from bridge.checkpoint.checkpoint import AdapterCheckpoint
 from bridge.checkpoint.inputs import Inputs
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import scales
 from bridge.conversion.adapter_relayout import build_relaid_adapter

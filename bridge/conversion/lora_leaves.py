@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from bridge.checkpoint.checkpoint import AdapterCheckpoint
 from bridge.checkpoint.inputs import Inputs
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.options import alphas_of
 from bridge.checkpoint.scales import alpha_problems, recorded_scales
 from bridge.checkpoint.sizes import recorded_sizes

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import bridge
-from bridge.checkpoint.checkpoint import AdapterCheckpoint
+from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.open import open_checkpoint
 
 SAMPLE = next(path for path in (files("bridge.cli") / "sample").iterdir() if path.is_dir()) / "checkpoint"
