@@ -154,7 +154,7 @@ def _policy_file(files: Mapping[str, bytes]) -> tuple[list[Fact], list[Damage]]:
                 if kind.key in tree and kind is not NORM_STATS:
                     facts.append(Fact(kind, kind.decode(tree[kind.key]), POLICY_FILE))
         except (ValueError, TypeError, RecursionError) as error:
-            fix = "restore it from a copy, or remove it and give the values by options"
+            fix = "restore it from a copy, or give the values by --action-horizon and the other options"
             damaged.append(Damage(HORIZON, Problem(f"{POLICY_FILE} is damaged: {error}", fix)))
     return facts, damaged
 

@@ -6,7 +6,7 @@ fit is right when nothing is missing and nothing is left over; otherwise it says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,6 +44,13 @@ class Fit:
     """For leaves: where each is stored."""
 
     @property
+    def names(self) -> Iterator[str]:
+        """Those of the model, in the form that was fitted; placeholders are left open."""
+        return (
+            rule.leaf if self.leaves.stored else self.layout.rename(rule.weight) for rule in self.model.rules
+        )
+
+    @property
     def errors(self) -> int:
         return len(self.missing) + len(self.extra)
 
@@ -59,12 +66,12 @@ def fit_leaves(names: Iterable[str]) -> Fit | None:
             factors = NameIndex(
                 {Template(path, "/"): None for rule in model.rules for path in rule.factor_leaves or ()}, "/"
             )
-            required = {rule.leaf for rule in model.rules}
+            required = {rule.leaf: rule.path for rule in model.rules}
             extra = []
             for leaf in leaves.stored:
                 place = index.find(leaf)
                 if place is not None:
-                    required.discard(place[0][1].leaf)
+                    required.pop(place[0][1].leaf, None)
                 elif factors.find(leaf) is None and leaf not in model.ignored:
                     extra.append(leaf)
             fits.append(
@@ -72,7 +79,9 @@ def fit_leaves(names: Iterable[str]) -> Fit | None:
                     family=family,
                     model=model,
                     layout=model.layouts[0],
-                    missing=tuple(sorted(required)),
+                    missing=tuple(
+                        sorted(pattern for path in required.values() for _, pattern in path.patterns())
+                    ),
                     extra=tuple(grouped(sorted(extra))),
                     leaves=leaves,
                 )
@@ -116,9 +125,9 @@ def fit_weights(names: Names) -> list[Fit]:
                         model=model,
                         layout=layout,
                         missing=tuple(
-                            template.text
+                            pattern
                             for template in index.templates
-                            for form, _ in template.forms()
+                            for form, pattern in template.patterns()
                             if form not in forms and form not in aliases
                         ),
                         extra=strangers[extra],
@@ -156,4 +165,8 @@ def place_weights(model: Model, layout: Layout, names: Names) -> dict[str, Place
 
 def _best(fits: list[Fit], count: int) -> Fit | None:
     best = min(fits, key=lambda fit: fit.errors, default=None)
-    return best if best is not None and len(best.extra) * 2 <= count and count else None
+    if best is None or not count or len(best.extra) * 2 > count:
+        return None
+    # one that lost names, or has more, is that model still; one of which most is otherwise is another
+    other = best.missing and best.extra and best.errors > count - len(best.extra)
+    return None if other else best

@@ -6,7 +6,9 @@ PEFT would ignore is a problem here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.adapter_lost import lost_problems
@@ -19,10 +21,17 @@ from bridge.checkpoint.trainers import FACTOR
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
-from bridge.peft.config import PREFIX, A, AdapterConfig, B, read_config
+from bridge.peft.config import MERGE, PREFIX, A, AdapterConfig, B, read_config
 from bridge.rules.names import grouped
 
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
+
+#: tensors of LoRA of other kinds -> the field of the config that makes PEFT apply them, what they are
+_OTHER_KINDS = {
+    r".*\.lora_magnitude_vector(\.weight)?": ("use_dora", "DoRA's magnitudes"),
+    r".*\.lora_B\.bias": ("lora_bias", "a bias of LoRA"),
+    r".*\.lora_embedding_[AB]": ("", "LoRA of an embedding"),
+}
 
 
 def understand_adapter(source: Source, base: Checkpoint | None = None) -> AdapterCheckpoint:
@@ -51,7 +60,7 @@ def understand_adapter(source: Source, base: Checkpoint | None = None) -> Adapte
     unused = model.spare(layout)
     unapplied = {name: unused[weight] for name, weight in names.items() if weight in unused}
     strays = {name: weight for name, weight in names.items() if name not in unapplied}
-    problems += _strays(where, strays, possible)
+    problems += _strays(where, strays, possible, source.metadata[CONFIG])
     modules: dict[str, Module] = {}
     saved: dict[str, str] = {}
     faults = Alike(where)
@@ -108,7 +117,9 @@ def _weight_of(name: str) -> str:
     return name
 
 
-def _strays(where: str, names: Mapping[str, str], possible: Sequence[Match]) -> list[Problem]:
+def _strays(
+    where: str, names: Mapping[str, str], possible: Sequence[Match], config: Mapping[str, Any]
+) -> list[Problem]:
     family, model, layout = possible[0].family, possible[0].model, possible[0].layout
     places, models = possible[0].places, " or ".join(model_names(possible))
     strays = {
@@ -128,13 +139,22 @@ def _strays(where: str, names: Mapping[str, str], possible: Sequence[Match]) -> 
         for name in strays
         if strays[name] in tied
     ]
-    return problems + [
-        Problem(
-            f"{where}: {name} does not belong to any {models} module; PEFT would ignore it",
-            RESAVE if FACTOR.fullmatch(name) else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}",
+    for name in grouped(name for name, weight in strays.items() if weight not in tied):
+        field, kind = next(
+            (kind for pattern, kind in _OTHER_KINDS.items() if re.fullmatch(pattern, name)), ("", "")
         )
-        for name in grouped(name for name, weight in strays.items() if weight not in tied)
-    ]
+        if config.get(field) or (name.endswith(".bias") and config.get("bias", "none") != "none"):
+            continue  # the config is refused for what they are
+        if field:
+            cause = f"{name} is {kind}, and the config does not say {field}: PEFT would run without it"
+            fix = f"put back the {CONFIG} that was saved with it"
+        elif kind:
+            cause, fix = f"{name} is {kind}, which bridge does not convert", MERGE
+        else:
+            cause = f"{name} does not belong to any {models} module; PEFT would ignore it"
+            fix = RESAVE if FACTOR.fullmatch(name) else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}"
+        problems.append(Problem(f"{where}: {cause}", fix))
+    return problems
 
 
 def _check_pair(specs: Mapping[str, Spec], faults: Alike, module: str, a: str, b: str) -> None:
@@ -163,7 +183,7 @@ def _module(
         faults.add(
             module,
             "has factors but the config gives it no LoRA: PEFT would silently run without them",
-            "if it was trained, name it in target_modules; if not, save the adapter without its tensors",
+            f"put back the {CONFIG} that was saved with it; if that is this one, name it in target_modules",
         )
     stored = specs[a].shape[0] if specs[a].shape else 0
     if stored != rank:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from bridge.arrays import WEIGHT_DTYPES, Spec
+from bridge.checkpoint.foreign import never_left_out, quantised, says_config
 from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.match import Fit
-from bridge.errors import CheckpointRefused, Problem
+from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.header import MAX_TENSORS
 from bridge.rules.family import families
@@ -17,6 +19,10 @@ from bridge.rules.names import Names, grouped, skeleton
 from bridge.rules.rule import Rule
 
 RECOPY = "copy the checkpoint again, or re-download it"
+#: names of an unknown model that a message shows
+SHOWN = 3
+#: names, shortened, of a set of arrays that are listed one by one
+MAX_NAMES = 8
 
 
 class Alike:
@@ -48,8 +54,10 @@ def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
     known = dict.fromkeys(model.name for family in families() for model in family.models)
     listed = grouped(names)
     return CheckpointRefused(
-        Problem(
-            f"{source.location}: these {len(listed)} names match no supported model (first: {listed[0]})"
+        next(iter(quantised(source, listed)), None)
+        or Problem(
+            f"{source.location}: these {len(listed)} names match no supported model "
+            f"(first: {', '.join(listed[:SHOWN])}){says_config(source)}"
             if listed
             else f"{source.location} contains no array",
             f"supported models: {', '.join(known)}; another model needs a plug-in of its own",
@@ -58,20 +66,49 @@ def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
 
 
 def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
-    """Names that are missing, and names that no rule reads. `kind` is what a name stands for."""
+    """Names that are missing, and names that no rule reads.
+
+    Args:
+        source: the checkpoint.
+        fit: the model that its names fit best.
+        kind: what a name stands for.
+
+    Raises:
+        CheckpointRefused: it is quantised, and every name and dtype that disagrees comes of that.
+    """
+    model = fit.model.name
+    refuse_if(quantised(source, fit.extra), CheckpointRefused)
+    # names that lack some and have others may be all of another model's
+    says, lacks = "", RECOPY
+    if fit.extra:
+        says = says_config(source)
+        lacks = f"if this is another model than {model}, it needs a plug-in of its own; if not, {RECOPY}"
     problems = [
-        Problem(f"{source.location}: {kind} {name} of {fit.model.name} is missing", RECOPY)
+        Problem(f"{source.location}: {kind} {name} of {model} is missing{says}", lacks)
         for name in fit.missing
     ]
     problems += [
         Problem(
-            f"{source.location}: {kind} {name} is not part of {fit.model.name}",
-            f"it would be lost: add --leave-out {pattern_for(name)!r} where you do not need it, or declare it in a "
+            f"{source.location}: {kind} {name} is not part of {model}",
+            never_left_out(name)
+            or f"it would be lost: add --leave-out {pattern_for(name)!r} where you do not need it, or declare it in a "
             "plug-in",
         )
-        for name in fit.extra
+        for name in _without_sets(fit)
     ]
     return problems
+
+
+def _without_sets(fit: Fit) -> Iterator[str]:
+    """The names that a model does not have; those of a whole set beside it, such as a moving average, as one."""
+    mark = "/" if fit.leaves.stored else "."
+    own = {name.partition(mark)[0] for name in fit.names}
+    for top, group in itertools.groupby(fit.extra, key=lambda name: name.partition(mark)[0]):
+        names = list(group)
+        if len(names) > MAX_NAMES and top not in own and not any(map(never_left_out, names)):
+            yield f"{top}{mark}{{{len(names)} names}}"
+        else:
+            yield from names
 
 
 def misshapen(
@@ -82,7 +119,7 @@ def misshapen(
         Problem(
             f"{source.location}: {name} has {len(shape)} {'axis' if len(shape) == 1 else 'axes'} {list(shape)}; "
             f"expected {len(axes)} ({', '.join(axes) if any(' ' in axis for axis in axes) else ' '.join(axes)})",
-            f"{why}: re-download the checkpoint",
+            f"{why}: it is another model, or a damaged copy",
         )
         for name in grouped(names)
     ]
@@ -137,7 +174,7 @@ def factor_problems(source: Source, fit: Fit, sizes: Mapping[str, int]) -> list[
             problems += [
                 Problem(
                     f"{source.location}: {leaf} has no LoRA factors, but {group[True][0]} has",
-                    f"{fit.family.runtime} gives factors to all of them or none: re-download the checkpoint",
+                    f"{fit.family.runtime} gives factors to all of them or none: a damaged copy, or changed since",
                 )
                 for leaf in grouped(group[False])
             ]
@@ -154,7 +191,7 @@ def count_problems(source: Source, model: Model, sizes: Mapping[str, int]) -> li
     return [
         Problem(
             f"{source.location}: {leaf} would be {count} weights, more than {MAX_TENSORS}",
-            f"no {model.name} has so many layers: re-download the checkpoint",
+            f"no {model.name} has so many layers: it is another model, or a damaged copy",
         )
         for leaf, count in counts.items()
         if count > MAX_TENSORS

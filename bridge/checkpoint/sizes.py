@@ -94,7 +94,7 @@ class Numbers:
                 problems.append(
                     Problem(
                         f"{part} has {with_article(axis)} {max(numbers)} but only {len(numbers)} in all",
-                        "the names are damaged: re-download the checkpoint",
+                        "layers are missing, or their names are damaged: copy the checkpoint again",
                     )
                 )
                 continue
@@ -269,7 +269,7 @@ def _multiple_problems(model: Model, sizes: Mapping[str, int]) -> list[Problem]:
             problems.append(
                 Problem(
                     f"{axis} is {sizes[axis]}; expected {multiple.factor} x {of}, which is {sizes[of]}",
-                    f"no {model.name} has these dimensions: re-download the checkpoint",
+                    f"no {model.name} has these dimensions: it is another model, or a damaged copy",
                 )
             )
     return problems
@@ -287,7 +287,7 @@ def _indivisible(dimension: Dimension, rest: int) -> list[Problem]:
         Problem(
             f"{where}: {' x '.join(dimension.axes)} is {dimension.length}, not a multiple of {rest} "
             "in the other tensors",
-            "the checkpoint mixes models of different dimensions: re-download it",
+            "the checkpoint mixes models of different dimensions, or is another model",
         )
         for where in dimension.arrays
     ]
@@ -297,7 +297,7 @@ def _disagree(axis: str, dimension: Dimension, expected: int, agree: str) -> lis
     return [
         Problem(
             f"{where}: {axis} is {dimension.length}, but {expected} in {agree}",
-            "the checkpoint mixes models of different dimensions: re-download it",
+            "the checkpoint mixes models of different dimensions, or is another model",
         )
         for where in dimension.arrays
     ]

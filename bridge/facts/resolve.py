@@ -132,12 +132,9 @@ def _disagreements(place: Place, kind: FactKind, stated: Sequence[Fact]) -> Iter
         if kind.matters and not kind.same(sure[0].value, other.value):
             ours, theirs = kind.contrast(sure[0].value, other.value)
             where = f"{ours} in {sure[0].origin}, but {theirs} in {other.origin}"
-            yield Damage(kind, Problem(f"{place.root}: the {kind.title} is {where}", _fix(kind)))
-
-
-def _fix(kind: FactKind) -> str:
-    return (
-        f"choose with {flag(kind.flag)}, or remove the file that is out of date"
-        if kind.flag
-        else "remove the file that is out of date from a copy of the directory"
-    )
+            fix = (
+                f"choose with {flag(kind.flag)}"
+                if kind.flag
+                else f"convert a copy of it with {sure[0].origin} or {other.origin} alone, whichever is right"
+            )
+            yield Damage(kind, Problem(f"{place.root}: the {kind.title} is {where}", fix))

@@ -41,7 +41,7 @@ _HARMLESS = {
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save",
     "bias", "init_lora_weights", "fan_in_fan_out",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora",
 }  # fmt: skip
 
 
@@ -122,6 +122,8 @@ def read_config(
         refuse(
             f"peft_type is {shown(config.get('peft_type'))}, not LORA", "bridge converts LoRA adapters only"
         )
+    if config.get("use_dora"):
+        refuse(f"it is DoRA (use_dora is {shown(config['use_dora'])}), which bridge does not convert", MERGE)
     for name, value in config.items():
         if name not in _HARMLESS | _READ and value not in (None, False, {}, [], 0):
             refuse(
@@ -132,7 +134,7 @@ def read_config(
         refuse(f"{name} is {shown(config[name])}, and PEFT takes {words} there", RESTORE)
     if config.get("bias", "none") != "none":
         refuse(
-            f"bias is {shown(config['bias'])}: trained biases would be lost",
+            f"bias is {shown(config['bias'])}: it has trained biases, which bridge does not convert",
             MERGE,
         )
     if config.get("fan_in_fan_out"):

@@ -109,6 +109,15 @@ class Template:
                 chosen,
             )
 
+    def patterns(self) -> Iterator[tuple[Form, str]]:
+        """Each form, and the pattern of its names as the flags take one, with ``*`` for a number.
+
+        >>> [pattern for _, pattern in Template("layers.{layer}.{kv:k_proj|v_proj}.weight").patterns()]
+        ['layers.*.k_proj.weight', 'layers.*.v_proj.weight']
+        """
+        for form, _ in self.forms():
+            yield form, self.separator.join(part if isinstance(part, str) else f"{part[0]}*" for part in form)
+
     @cached_property
     def kinds(self) -> frozenset[Skeleton]:
         """What its names are but for their numbers."""

@@ -546,7 +546,7 @@ def rename(old: str, new: str) -> Spoil:
 
 DOWN = f"{LAYER}.mlp.down_proj"
 CONFIGS = {
-    "DoRA": Row(r"use_dora is True", dora),
+    "DoRA": Row(r"it is DoRA \(use_dora is True\)", dora, "merge_and_unload"),
     "DoRA by its config alone": Row(r"use_dora is True", configure(use_dora=True)),
     "LoHa": Row(r"peft_type is 'LOHA', not LORA", loha),
     "no peft_type": Row(r"peft_type is None", configure(peft_type=None)),
@@ -672,12 +672,19 @@ TENSORS = {
         r"nonsense\.lora_A\.weight does not belong to any pi0 module", add(f"{PREFIX}nonsense{A}", 5, 13)
     ),
     "a stray ending": Row(
-        r"lora_magnitude_vector does not belong to any pi0 module", add(f"{DOWN}.lora_magnitude_vector", 13)
+        r"lora_magnitude_vector is DoRA's magnitudes, and the config does not say use_dora",
+        add(f"{DOWN}.lora_magnitude_vector", 13),
+        "put back the adapter_config.json that was saved with it",
     ),
-    "a stray bias": Row(r"lora_B\.bias does not belong to any pi0 module", add(f"{DOWN}.lora_B.bias", 13)),
+    "a stray bias": Row(
+        r"lora_B\.bias is a bias of LoRA, and the config does not say lora_bias",
+        add(f"{DOWN}.lora_B.bias", 13),
+        "put back the adapter_config.json that was saved with it",
+    ),
     "an embedding": Row(
-        r"lora_embedding_A does not belong to any pi0 module",
+        r"lora_embedding_A is LoRA of an embedding, which bridge does not convert",
         add(f"{PREFIX}{golden.PALIGEMMA}.model.language_model.embed_tokens.lora_embedding_A", 5, 29),
+        "merge_and_unload",
     ),
     "no prefix": Row(
         r"down_proj\.lora_A\.weight does not belong to any pi0 module",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,30 @@ def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
     source = place(tmp_path / "source", None, a={"length": 4, "name": "x"}, b={"length": 5, "name": "y"})
     (problem,) = known(source).problems
     assert problem.cause == f"{tmp_path}/source: the sequence length is 4 in a.json, but 5 in b.json"
-    assert problem.fix == "choose with --length, or remove the file that is out of date"
+    assert problem.fix == "choose with --length"
     chosen = known(source, given={"length": 5})
     assert not chosen.problems and length(chosen) == (5, "--length", False)
     # the name changes nothing
     assert chosen.facts["name"].value == "x"
+
+
+def test_files_that_disagree_on_what_no_flag_gives_are_chosen_in_a_copy(tmp_path: Path) -> None:
+    """No fix tells people to remove a file: which is right is theirs to say, and the other may be the only copy."""
+    kind = replace(LENGTH, flag="")
+    table = replace(
+        TABLE,
+        kinds=(kind,),
+        complete=lambda model, sizes, facts: (),
+        read=lambda model, files, chosen: replace(
+            (reading := read(model, files, chosen)),
+            facts=tuple(replace(fact, kind=kind) for fact in reading.facts if fact.kind is LENGTH),
+        ),
+    )
+    (tmp_path / "a.json").write_text('{"length": 4}')
+    (tmp_path / "b.json").write_text('{"length": 5}')
+    source = read_place(Location.parse(tmp_path), table, MODEL, {}, Reading())
+    (problem,) = resolve(table, MODEL, {}, Reading(), [source]).problems
+    assert problem.fix == "convert a copy of it with a.json or b.json alone, whichever is right"
 
 
 def test_a_record_that_disagrees_is_refused(tmp_path: Path) -> None:
