@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 import click
 
 from bridge.errors import Problem, Refusal, SourceRefused, system_problem
+from bridge.formats.disk.bucket import tell_waits
 
 from .convert import convert
 from .demo import demo
 from .diff import diff
 from .inspect import inspect
 from .routes import routes
-from .show import complain, emit, open_streams, style
+from .show import complain, emit, open_streams, style, waiting
 from .signals import Stopped, catch_signals, leave_on_signals
 from .verify import verify
 
@@ -97,6 +98,7 @@ def run(arguments: list[str]) -> int:
     where the reader of stdout has gone.
     """
     catch_signals()
+    tell_waits(waiting)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # names on disk may be bytes of no encoding, and must not make a message fail

@@ -57,6 +57,14 @@ def complain(text: str) -> None:
         _silence(sys.stderr)
 
 
+def waiting(text: str) -> None:
+    """Show a line in place on stderr while something takes long, and take it away with an empty one."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{printable(text)}")
+            sys.stderr.flush()
+
+
 def emit(found: Any) -> None:
     """Print for machines: one JSON object to stdout."""
     _echo(json.dumps(found, indent=2))

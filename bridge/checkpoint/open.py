@@ -42,7 +42,8 @@ def open_source(path: str | Path | Location, format: str | None = None, opening:
         SourceRefused: nothing is there, no format claims it, or several do.
     """
     location, notes = find(
-        Location.parse(path), lambda place: any(known.claims(place) for known in formats())
+        Location.parse(path).waiting(opening.timeout),
+        lambda place: any(known.claims(place) for known in formats()),
     )
     inner, below, chosen = item_of(location, opening.item)
     source = _open(inner, format)
@@ -61,7 +62,12 @@ def _open(location: Location, format: str | None) -> Source:
             )
         return _opened(known[name], location)
     if not location.exists():
-        raise SourceRefused(Problem(f"{location} does not exist", "check the path"))
+        fix = (
+            "check the path"
+            if location.local is not None
+            else "check the spelling of the bucket and the path"
+        )
+        raise SourceRefused(Problem(f"{location} does not exist", fix))
     claiming = [format for format in known.values() if format.claims(location)]
     if len(claiming) > 1:
         names = ", ".join(format.name for format in claiming)

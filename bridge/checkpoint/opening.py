@@ -8,6 +8,7 @@ from typing import Any
 
 from bridge.checkpoint.options import OpenOptions
 from bridge.errors import Problem, Refusal
+from bridge.formats.disk.bucket import TIMEOUT
 from bridge.formats.disk.location import Location
 from bridge.rules.option import flag
 from bridge.strict_json import parse_object
@@ -29,6 +30,8 @@ class Opening:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """LoRA alpha by part; ``""`` stands for all parts that are not named."""
     rslora: bool = False
+    timeout: float = TIMEOUT
+    """Seconds to wait for a bucket to answer."""
 
 
 #: nothing beside the path
@@ -52,7 +55,9 @@ def opening_of(
     config = None
     if path is not None:
         try:
-            config = parse_object(Location.parse(path).read_bytes(MAX_CONFIG) or b"")
+            config = parse_object(
+                Location.parse(path).waiting(options["timeout"]).read_bytes(MAX_CONFIG) or b""
+            )
         except ValueError as error:
             raise Refusal(
                 Problem(f"{flag('config')} {path} is not a config: {error}", "give the model's config.json")
@@ -65,4 +70,5 @@ def opening_of(
         leave_out=tuple(options["leave_out"]),
         alphas=alphas or {},
         rslora=rslora,
+        timeout=options["timeout"],
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
+from bridge.formats.disk.bucket import TIMEOUT
 from bridge.graph import State
 from bridge.rules.option import (
     ByName,
@@ -55,6 +56,15 @@ class OpenOptions(TypedDict, total=False):
             kind=Texts("PATTERN"),
             group=SOURCE,
             help="Names of arrays to leave out that the model does not have, such as 'value_head.*'. Repeatable.",
+        ),
+    ]
+    timeout: Annotated[
+        float,
+        Option(
+            kind=Number("SECONDS", whole=False),
+            default=TIMEOUT,
+            group=SOURCE,
+            help=f"How long to wait for a bucket (gs://, s3://) to answer; {TIMEOUT:g} by default.",
         ),
     ]
 

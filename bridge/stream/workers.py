@@ -12,6 +12,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from bridge.errors import Problem, Refusal
+from bridge.formats.disk.bucket import give_up_with
 from bridge.stream.readers import Tick
 
 R = TypeVar("R")
@@ -119,7 +120,9 @@ def on_threads(
     # a worker is a thread already: threads of the linear algebra's own would only wait for each other
     with (
         threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(workers, thread_name_prefix="bridge") as pool,
+        ThreadPoolExecutor(
+            workers, thread_name_prefix="bridge", initializer=give_up_with, initargs=(stop,)
+        ) as pool,
     ):
         try:
             return schedule(

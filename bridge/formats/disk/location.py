@@ -10,12 +10,13 @@ import errno
 import io
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import Problem, SourceRefused
+from bridge.formats.disk import bucket
 from bridge.formats.disk.links import link_problem
 
 #: files in one tree; ample for the chunks of a large run
@@ -47,6 +48,8 @@ class Location:
     home: str = field(default="", compare=False, repr=False)
     """The location that a user named and this one was derived from by names, if any. No file outside it is read
     through a link (:mod:`bridge.formats.disk.links`)."""
+    timeout: float = field(default=bucket.TIMEOUT, compare=False, repr=False)
+    """Seconds to wait for an answer, where it is in a bucket."""
 
     @classmethod
     def parse(cls, path: str | Path | Location) -> Location:
@@ -78,10 +81,14 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        return Location(self.url.rsplit("/", 1)[0] or "/")
+        return Location(self.url.rsplit("/", 1)[0] or "/", timeout=self.timeout)
 
     def __truediv__(self, name: str) -> Location:
-        return Location(f"{self.url.rstrip('/')}/{name}", self.home or self.url)
+        return Location(f"{self.url.rstrip('/')}/{name}", self.home or self.url, self.timeout)
+
+    def waiting(self, seconds: float) -> Location:
+        """The location, with so long to wait for an answer."""
+        return replace(self, timeout=seconds)
 
     def entered(self) -> Location:
         """The location, as a directory that was chosen in the one named: a source of its own where a link leads out
@@ -156,7 +163,8 @@ class Location:
 
         try:
             only = ts.KvStore.KeyRange(self.name, f"{self.name}\0")
-            return bool(_store(self.parent.kvstore()).list(only).result())
+            store = self.wait(_store(self.parent.kvstore()))
+            return bool(self.wait(store.list(only)))
         except (OSError, ValueError) as error:
             raise self._refused(error) from error
 
@@ -186,11 +194,11 @@ class Location:
                         read += piece
                 data = bytes(read)
             else:
-                store = _store(self.parent.kvstore())
-                if _reaches(store, self.name, at_most):
+                store = self.wait(_store(self.parent.kvstore()))
+                if self._reaches(store, at_most):
                     data = bytes(at_most + 1)
                 else:
-                    result = store.read(self.name).result()
+                    result = self.wait(store.read(self.name), at_most)
                     if result.state != "value":
                         return None
                     data = bytes(result.value)
@@ -210,9 +218,37 @@ class Location:
     def keys(self) -> list[bytes]:
         """All keys inside, as TensorStore lists them."""
         try:
-            return list(_store(self.kvstore()).list().result())
+            store = self.wait(_store(self.kvstore()))
+            keys = list(self.wait(store.list()))
+            if not keys:
+                # TensorStore takes a listing that is not permitted for an empty one
+                self.wait(store.read(bucket.PROBED))
         except (OSError, ValueError) as error:
             raise self._refused(error) from error
+        return keys
+
+    def wait(self, future: Any, nbytes: int = 0) -> Any:
+        """The result of a TensorStore future of this location.
+
+        Args:
+            future: what is waited for.
+            nbytes: of the answer at most, if it may be long.
+
+        Raises:
+            SourceRefused: the bucket cannot be read, or does not answer in time.
+            ValueError: it can be read, and what it contains is wrong.
+        """
+        if self.local is not None or self.url.startswith("memory://"):
+            return future.result()
+        return bucket.result(future, self.url, self.kvstore(), self.timeout + nbytes / bucket.PER_SECOND)
+
+    def _reaches(self, store: Any, offset: int) -> bool:
+        """Whether the file has a byte at ``offset``; stores have no other way to ask for a size."""
+        try:
+            only = slice(offset, offset + 1)
+            return bool(self.wait(store.read(self.name, byte_range=only)).state == "value")
+        except (OSError, ValueError):
+            return False
 
     def _refused(self, error: Exception) -> SourceRefused:
         where = error.filename if isinstance(error, OSError) and error.filename else self
@@ -228,8 +264,9 @@ class Location:
         scheme, rest = self.url.split("://", 1)
         if scheme == "memory":
             return {"driver": "memory", "path": f"{rest}/"}
-        bucket, _, path = rest.partition("/")
-        return {"driver": _BUCKETS[scheme], "bucket": bucket, "path": f"{path}/" if path else ""}
+        name, _, path = rest.partition("/")
+        where = {"bucket": name, "path": f"{path}/" if path else "", **bucket.endpoint(scheme)}
+        return {"driver": _BUCKETS[scheme], **where}
 
 
 def is_safe_path(path: str) -> bool:
@@ -240,7 +277,7 @@ def is_safe_path(path: str) -> bool:
 def _store(spec: dict[str, Any]) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(spec, context=tensorstore_context()).result()
+    return ts.KvStore.open(spec, context=tensorstore_context())
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -283,11 +320,3 @@ def _not_a_file(location: Location) -> Problem:
     return Problem(
         f"{path} is a broken symlink", "copy the checkpoint again, with symlinks resolved (cp -rL)"
     )
-
-
-def _reaches(store: Any, key: str, offset: int) -> bool:
-    """Whether a value has a byte at ``offset``; stores have no other way to ask for a size."""
-    try:
-        return bool(store.read(key, byte_range=slice(offset, offset + 1)).result().state == "value")
-    except (OSError, ValueError):
-        return False

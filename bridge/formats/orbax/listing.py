@@ -50,7 +50,7 @@ def store_spec(location: Location, ocdbt: bool) -> dict[str, Any]:
 def open_store(location: Location, ocdbt: bool) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(store_spec(location, ocdbt), context=tensorstore_context()).result()
+    return location.wait(ts.KvStore.open(store_spec(location, ocdbt), context=tensorstore_context()))
 
 
 def read_tree_metadata(params: Location) -> tuple[dict[str, str], bool]:
@@ -171,7 +171,7 @@ def _array_metadata(params: Location, ocdbt: bool, key: str, extents: Mapping[st
         raise ValueError(f"it has {extent.length} bytes")
     if extent.inline is not None:
         return extent.inline
-    return bytes(open_store(params, ocdbt).read(key).result().value)
+    return bytes(params.wait(open_store(params, ocdbt).read(key)).value)
 
 
 def _chunks_of(

@@ -52,10 +52,10 @@ def index(location: Location) -> dict[str, Extent]:
     import tensorstore as ts
 
     try:
-        store = ts.KvStore.open(location.kvstore(), context=tensorstore_context()).result()
+        store = location.wait(ts.KvStore.open(location.kvstore(), context=tensorstore_context()))
         text = (location / MANIFEST).read_bytes(MAX_INDEX) or b""
         left = MAX_INDEX - _decoded_size(text, MANIFEST, MAX_INDEX)
-        manifest = ts.ocdbt.dump(store).result()
+        manifest = location.wait(ts.ocdbt.dump(store))
         versions = manifest.get("versions") or []
         if not versions:
             # very long histories move the newest version out of the manifest; Orbax writes only one
@@ -74,7 +74,8 @@ def index(location: Location) -> dict[str, Extent]:
                 raise ValueError(f"the B-tree has more than {MAX_NODES} nodes")
             walked.add(extent)
             left -= _decoded_size(_node_text(location, store, extent, left), extent.file, left)
-            pending += _read_node(ts.ocdbt.dump(store, node.reference).result(), node, extents)
+            decoded = location.wait(ts.ocdbt.dump(store, node.reference), extent.length)
+            pending += _read_node(decoded, node, extents)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         raise SourceRefused(
             Problem(f"{location}/{MANIFEST}: the index cannot be read: {_short(error)}", RECOPY)
@@ -141,7 +142,8 @@ def _node_text(location: Location, store: Any, extent: Extent, at_most: int) -> 
         raise ValueError(f"{extent.file} has {extent.length} bytes")
     if location.local is None:
         end = extent.offset + extent.length
-        return bytes(store.read(extent.file, byte_range=slice(extent.offset, end)).result().value)
+        read = store.read(extent.file, byte_range=slice(extent.offset, end))
+        return bytes(location.wait(read, extent.length).value)
     with io.BufferedReader(open_regular(contained(location.local, extent.file))) as file:
         file.seek(extent.offset)
         return file.read(extent.length)

@@ -157,7 +157,7 @@ class OrbaxSource:
             store = self._tensorstore(name)
             try:
                 part = store[rows.start : rows.stop] if array.spec.shape else store
-                read = np.asarray(part.read().result())
+                read = np.asarray(self.location.wait(part.read(), array.spec.nbytes))
             except (ValueError, OSError, IndexError) as error:
                 raise self._damaged(name, error) from error
             return read if array.spec.shape else read.reshape(1)
@@ -196,7 +196,8 @@ class OrbaxSource:
         key = next(itertools.islice(stored.keys, number, None))
         try:
             if self.ocdbt:
-                value = bytes(open_store(self.location, True).read(key).result().value)
+                read = open_store(self.location, True).read(key)
+                value = bytes(self.location.wait(read, extent.length).value)
             else:
                 value = (self.location / key).read_bytes(max_chunk_bytes(stored.array)) or b""
         except (ValueError, OSError) as error:
@@ -221,7 +222,8 @@ class OrbaxSource:
             "fill_missing_data_reads": stored.sparse,
         }
         try:
-            store = ts.open(spec, open=True, read=True, context=tensorstore_context()).result()
+            opening = ts.open(spec, open=True, read=True, context=tensorstore_context())
+            store = self.location.wait(opening)
         except (ValueError, OSError) as error:
             raise self._damaged(name, error) from error
         opened = Spec(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
