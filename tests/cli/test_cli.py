@@ -174,10 +174,10 @@ def test_demo_proves_the_merge(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_nothing(tmp_path: Path, number: int, status: int) -> None:
     # every step of it takes a second, and there are dozens: the signal surely comes while one runs
     code = (
-        "import sys, time, bridge.conversion.run as runner\n"
+        "import os, sys, time, bridge.conversion.run as runner\n"
         "inner = runner.run_step\n"
         "def slow(*arguments):\n"
-        "    print('running', flush=True); time.sleep(1.0); return inner(*arguments)\n"
+        "    os.write(1, b'running\\n'); time.sleep(1.0); return inner(*arguments)\n"
         "runner.run_step = slow\n"
         f"sys.argv = ['bridge', 'convert', '--to', 'torch-merged', *{ALPHAS!r}, {str(SAMPLE)!r}, "
         f"{str(tmp_path / 'out')!r}, '--quiet']\n"

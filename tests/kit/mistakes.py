@@ -273,10 +273,6 @@ IN_ADAPTER: dict[str, tuple[Change, str]] = {
         shifted(r"gemma_expert.*down_proj"),
         r"gemma_expert.*down_proj",
     ),
-    "a module left out": (
-        left_out(r"language_model\.layers\.1\.mlp\.up_proj"),
-        r"language_model.*\.1\..*up_proj",
-    ),
     "a factor zeroed": (
         altered("gemma_expert.model.layers.2.self_attn.q_proj.lora_B", np.zeros_like),
         r"gemma_expert.*layers\.2.*q_proj",

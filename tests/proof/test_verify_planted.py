@@ -23,9 +23,10 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from bridge.cli.main import cli
+from bridge.errors import CheckpointRefused
 from bridge.proof.verify import verify as prove
 from tests.kit import checkpoints, golden, mistakes
 from tests.kit.checkpoints import Tree
@@ -63,15 +64,19 @@ class Said:
         return {cause.split(": ")[0] for cause in self.causes}
 
 
-def verify(source: Golden, form: Form, *, alphas: bool = True) -> Said:
+def verify(source: Golden, form: Form, *flags: str, alphas: bool = True) -> Said:
     """`bridge verify --json` of what openpi saved against a form of it."""
-    given = [f"--lora-alpha={part}={alpha}" for part, alpha in source.options.get("lora_alpha", {}).items()]
-    base = [f"--base={form.base}"] if form.base else []
-    arguments = ["verify", "--json", *(given if alphas else []), *base, source.checkpoint, form.path]
-    run = CliRunner().invoke(cli, [str(each) for each in arguments])
+    run = invoke(source, form, *flags, alphas=alphas)
     assert run.exception is None or isinstance(run.exception, SystemExit), run.exception
     said = json.loads(run.stdout)
     return Said(run.exit_code, said["holds"], [each["cause"] for each in said["problems"]], said["files"])
+
+
+def invoke(source: Golden, form: Form, *flags: str, alphas: bool = True) -> Result:
+    given = [f"--lora-alpha={part}={alpha}" for part, alpha in source.options.get("lora_alpha", {}).items()]
+    base = [f"--base={form.base}"] if form.base else []
+    arguments = ["verify", "--json", *flags, *(given if alphas else []), *base, source.checkpoint, form.path]
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
 
 
 # Planting.
@@ -228,6 +233,15 @@ def test_seen_in_an_adapter(mistake: str, forms: dict[str, Forms], tmp_path: Pat
     assert_seen(said, touched)
 
 
+def test_a_module_left_out_is_refused(forms: dict[str, Forms], tmp_path: Path) -> None:
+    source, form = golden.golden("pi05_lora"), forms["pi05_lora"]["adapter"]
+    change = mistakes.left_out(r"language_model\.layers\.1\.mlp\.up_proj")
+    path = copy(form, tmp_path / "out", lambda state, config: change(state, config, source), ADAPTER)
+    run = invoke(source, Form(path, form.base))
+    assert isinstance(run.exception, CheckpointRefused)
+    assert "language_model.layers.1.mlp.up_proj" in str(run.exception)
+
+
 def test_seen_in_the_base_of_an_adapter(forms: dict[str, Forms], tmp_path: Path) -> None:
     """The adapter is right, and a square of the weights below it is transposed."""
     source, form = golden.golden("pi05_lora"), forms["pi05_lora"]["adapter"]
@@ -237,7 +251,10 @@ def test_seen_in_the_base_of_an_adapter(forms: dict[str, Forms], tmp_path: Path)
 
     assert form.base is not None
     base = copy(Form(form.base), tmp_path / "base", change)
-    assert_seen(verify(source, Form(form.path, base)), {"time_mlp_out.weight"})
+    refused = invoke(source, Form(form.path, base))
+    assert isinstance(refused.exception, CheckpointRefused)
+    assert "1 of" in str(refused.exception) and "time_mlp_out.weight" in str(refused.exception)
+    assert_seen(verify(source, Form(form.path, base), "--base-differs"), {"time_mlp_out.weight"})
 
 
 @pytest.mark.parametrize("mistake", mistakes.IN_FACTORS)
