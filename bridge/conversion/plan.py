@@ -1,4 +1,4 @@
-"""Making a plan: opens the source, finds its model, a route and the scales, and refuses with every problem."""
+"""Making a plan, in stages: what is opened, decided and built, and what its destination allows."""
 
 from __future__ import annotations
 
@@ -6,50 +6,16 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Unpack
 
-from bridge.arrays import BFLOAT16, FLOAT32
-from bridge.checkpoint.adapter_base import Based, base_of
-from bridge.checkpoint.assets import Assets
-from bridge.checkpoint.checkpoint import Checkpoint
-from bridge.checkpoint.identity import identity_problems
-from bridge.checkpoint.inputs import Inputs, shape_problems, size_problems
-from bridge.checkpoint.known import Beside, read_beside
-from bridge.checkpoint.leave_out import unmatched
-from bridge.checkpoint.open import adapter_of, open_checkpoint
-from bridge.checkpoint.opening import Opening, opening_of
-from bridge.checkpoint.options import alphas_of
-from bridge.compare.base import misfits
-from bridge.conversion.converters import Edge, converters, no_scales
+from bridge.conversion.built import build
+from bridge.conversion.decided import decide
 from bridge.conversion.job import Job
+from bridge.conversion.opened import open_inputs
 from bridge.conversion.options import Options
 from bridge.conversion.render import head, plan_text
-from bridge.conversion.request import Built, Request
-from bridge.conversion.resizing import cut_problems, resize_notes, resized
 from bridge.conversion.run import Result, run
-from bridge.conversion.settings import option_problems, read_options, settings_of
-from bridge.errors import (
-    CheckpointRefused,
-    OutputRefused,
-    Problem,
-    Refusal,
-    RouteRefused,
-    SourceRefused,
-    refuse_if,
-)
-from bridge.facts.resolve import Known
-from bridge.formats.disk.location import Location
-from bridge.graph import Form, Loss, State, route
-from bridge.publish.preflight import (
-    check_apart,
-    check_destination,
-    check_kept,
-    check_space,
-    check_twins,
-    destination_at,
-)
-from bridge.publish.record import stale_files
-from bridge.rules.family import Facts
-from bridge.rules.model import Layout
-from bridge.stream.output import Output, narrows
+from bridge.conversion.settings import read_options
+from bridge.errors import OutputRefused, Problem, refuse_if
+from bridge.publish.preflight import check_kept, check_space, check_twins, destination_at
 from bridge.stream.workers import Progress
 
 
@@ -118,246 +84,34 @@ def plan(
         raise OutputRefused(Problem(f"{dst}: outputs are written to local disk", "name a local path"))
     options = read_options(options)
     destination = None if dst is None else destination_at(dst)
-    opening = opening_of(options, alphas_of(options), options["rslora"])
-    checkpoint = open_checkpoint(src, options["from_"], opening)
-    problems: list[Problem] = []
-    if destination is not None:
-        problems += check_destination(
-            destination,
-            checkpoint.source.root.local,
-            Location.parse(src).local,
-            overwrite=options["overwrite"],
-        )
-    based = base_of(checkpoint, options["base"])
-    way = _route(checkpoint, to, options["fold"], based, [*checkpoint.problems, *problems])
-    target = way[-1].target
-    if based.origin:
-        if not (any("base" in edge.needs for edge in way) or options["with_base"] or _is_open(checkpoint)):
-            based = Based()
-        else:
-            options["base"] = str(based.path)
-    reference = None if not based.here else _base(based, opening, checkpoint, target)
-    if reference is not None and checkpoint.state.form is Form.ADAPTER:
-        checkpoint = adapter_of(reference, checkpoint)
-    problems = [*checkpoint.problems, *problems]
-    opened = (checkpoint, *((reference,) if reference is not None else ()))
-    problems += unmatched(opening, (each.left_out for each in opened))
-    if reference is None and _is_open(checkpoint):
-        problems.append(
-            Problem(
-                f"{checkpoint.source.location} is an adapter of {checkpoint.model_name}: neither its names nor the "
-                "files beside it tell which",
-                "add --base PATH, which does",
-            )
-        )
-    inputs = Inputs(checkpoint, reference if checkpoint.state.form is Form.ADAPTER else None)
-    family = inputs.weights.family
-    if reference is not None:
-        problems += reference.problems
-        if destination is not None and based.path is not None:
-            given = Location.parse(based.path).local
-            problems += check_apart(destination, reference.source.root.local, given)
-    problems += option_problems(options, family, checkpoint.state, target)
-    inputs = resized(inputs, options)
-    base_notes = [f"its base is {based.description}"] if based.origin else []
-    if reference is not None and not problems:
-        problems += shape_problems(inputs) if inputs.base is not None else misfits(checkpoint, reference)
-    if inputs.base is not None and not problems:
-        trouble, far = identity_problems(inputs, allowed=options["base_differs"])
-        problems += trouble
-        base_notes += far
-    scaling = next((edge.scaling for edge in way if edge.scaling is not no_scales), no_scales)
-    ranks, scales, trouble = scaling(inputs, options)
-    problems += trouble
-    if target.form is Form.PYTREE:
-        problems += size_problems(inputs)
-    name = options["layout"]
-    layout = inputs.model.written[0] if name is None else inputs.model.layout(name)
-    if layout is None:
-        have = ", ".join(known.name for known in inputs.model.written)
-        problems.append(Problem(f"{inputs.model.name} has no layout {name}", f"use one of {have}"))
-    if problems or layout is None:
-        raise (CheckpointRefused if checkpoint.problems else Refusal)(*dict.fromkeys(problems))
-
-    # before the work that some outputs are
-    beside = read_beside(inputs, settings_of(family, options))
-    stale, edited = _stale(inputs, beside.assets, options)
-    refuse_if(stale, SourceRefused)
-    refuse_if((*beside.known.problems, *_layout_problems(beside, layout, target)), CheckpointRefused)
-    refuse_if(cut_problems(inputs, options, beside.assets), Refusal)
-    folds = any(edge.fold for edge in way)
-    exported = checkpoint.in_jax and _is_whole(target)
-    usual = family.fold_dtype if folds else family.export_dtype if exported else "keep"
-    request = Request(
-        inputs=inputs,
-        reference=reference,
-        target=target,
-        fold=folds,
-        layout=layout,
-        dtype=options["dtype"] or usual,
-        scales=scales,
-        ranks=ranks,
-        options=options,
-        destination=destination,
-        progress=progress,
-    )
-    built = way[-1].build(request)
-    outputs, notes = _with_files(request, built.outputs, beside)
-    stamps = {**beside.assets.stamps, **beside.known.stamps}
-    for source in (*inputs.sources.values(), *((reference.source,) if reference is not None else ())):
-        stamps.update(source.stamps)
+    opened = open_inputs(src, to, options, destination)
+    decided = decide(opened, destination, progress)
+    built = build(opened, decided)
     planned = Plan(
-        inputs=inputs,
+        inputs=opened.inputs,
         destination=destination,
-        route=way,
-        loss=Loss.LOSSY if inputs.cut else _loss(way, built),
-        scales=scales,
-        facts=beside.known.facts,
-        outputs=outputs,
-        notes=(
-            *base_notes,
-            *checkpoint.source.notes,
-            *_base_notes(inputs),
-            *edited,
-            *(note for each in inputs.checkpoints.values() for note in each.reports()),
-            *resize_notes(inputs, options, beside.assets),
-            *built.notes,
-            *notes,
-        ),
-        options=options,
+        route=opened.route,
+        loss=built.loss,
+        scales=decided.request.scales,
+        facts=decided.beside.known.facts,
+        outputs=built.outputs,
+        notes=(*opened.notes, *decided.notes, *built.notes),
+        options=opened.options,
         read_scales=built.read_scales,
         prover=built.prover,
         overwrite=options["overwrite"],
         workers=options["workers"],
-        stamps=stamps,
+        stamps=decided.stamps,
     )
     if destination is not None:
-        problems = check_kept(destination, stamps)
-        for output in outputs:
-            problems += check_twins(destination / output.where, (*output.specs, *output.files))
-        refuse_if(problems, OutputRefused)
-        refuse_if(check_space(destination, planned.bytes_written), OutputRefused)
+        _check_outputs(planned, destination)
     return planned
 
 
-def _base_notes(inputs: Inputs) -> list[str]:
-    """What was chosen when the base was opened, where it is no part of the source itself."""
-    if inputs.base is None:
-        return []
-    return [f"base: {note}" for note in inputs.base.source.notes if note not in inputs.source.source.notes]
-
-
-def _stale(inputs: Inputs, assets: Assets, options: Options) -> tuple[list[Problem], list[str]]:
-    """What has changed beside the weights since bridge wrote them; problems and notes."""
-    if options["no_check"]:
-        return [], []
-    found = []
-    for source in inputs.sources.values():
-        # an adapter's files, where it has any, stand in for its base's
-        own = {name: data for name, data in assets.files.items() if str(source.root / name) in assets.stamps}
-        found.append(stale_files(source, own))
-    return [each for problems, _ in found for each in problems], [
-        each for _, notes in found for each in notes
-    ]
-
-
-def _is_open(checkpoint: Checkpoint) -> bool:
-    """Whether it may be of several models."""
-    return checkpoint.model_name != checkpoint.model.name
-
-
-def _is_whole(target: State) -> bool:
-    """Whether a target is a model's weights, ready to run."""
-    return target.form is Form.STATE_DICT and not target.stripped
-
-
-def _route(
-    checkpoint: Checkpoint, to: str, fold: bool, based: Based, problems: list[Problem]
-) -> tuple[Edge, ...]:
-    """The way to the format asked for. Raises with what is wrong with the source, where there is none."""
-    contents = (
-        "base"
-        if fold and any(e.target.name == to and e.target.form is Form.PYTREE for e in converters())
-        else None
-    )
-    try:
-        return route(converters(), checkpoint.state, to, {"base"} if based.here else (), contents)
-    except RouteRefused as refused:
-        problems = [*problems, *refused.problems]
-        if based.named and based.missing is not None and _needs_base(to):
-            problems[-1] = based.missing
-        # a checkpoint that lost its factors has no route: what it lost must be said as well
-        kind = CheckpointRefused if checkpoint.problems else RouteRefused
-        raise kind(*problems) from None
-
-
-def _needs_base(to: str) -> bool:
-    return any("base" in edge.needs and edge.target.name == to for edge in converters())
-
-
-def _loss(way: tuple[Edge, ...], built: Built) -> Loss:
-    loss = max(built.loss, *(edge.loss for edge in way))
-    if any(narrows(output, FLOAT32, BFLOAT16) for output in built.outputs):
-        loss = max(loss, Loss.ROUNDED)
-    return loss
-
-
-def _base(based: Based, opening: Opening, checkpoint: Checkpoint, target: State) -> Checkpoint:
-    """The base of an adapter, or the reference that weights are compared with. Raises Refusal."""
-    reference = based.open(opening)
-    where = reference.source.location
-    if reference.has_lora and target.form is not Form.ADAPTER:
-        raise CheckpointRefused(
-            Problem(
-                f"{where} has LoRA factors of its own", "make its base first: bridge convert --to torch-base"
-            )
-        )
-    if checkpoint.state.form is not Form.ADAPTER and reference.model.name != checkpoint.model.name:
-        raise CheckpointRefused(
-            Problem(
-                f"{checkpoint.source.location} is {checkpoint.model.name} but {where} is {reference.model.name}",
-                "give a base of the same model",
-            )
-        )
-    return reference
-
-
-def _stays(known: Known, layout: Layout, target: State) -> bool:
-    """Whether the source's own files belong to the layout that is written."""
-    return target.form is not Form.PYTREE and known.layout == layout.name
-
-
-def _layout_problems(beside: Beside, layout: Layout, target: State) -> tuple[Problem, ...]:
-    """What the source's files state and another layout cannot."""
-    return () if _stays(beside.known, layout, target) else beside.known.inexpressible
-
-
-def _with_files(
-    request: Request, outputs: tuple[Output, ...], beside: Beside
-) -> tuple[tuple[Output, ...], list[str]]:
-    """Add to every output what its loader wants beside the tensors, and the assets."""
-    family, inputs, known = request.inputs.weights.family, request.inputs, beside.known
-    stays = _stays(known, request.layout, request.target)
-    notes = [*beside.assets.notes, *known.notes, *known.remarks, *(() if stays else known.leaving)]
-    complete = []
-    for output in outputs:
-        files = dict(beside.assets.files)
-        if family.companions is not None:
-            companions = family.companions(
-                Facts(
-                    model=inputs.model,
-                    sizes=inputs.sizes,
-                    layout=output.layout,
-                    contents=output.state.contents,
-                    dtype=output.main_dtype,
-                    settings=settings_of(family, request.options),
-                    assets=beside.assets.files,
-                    in_jax=output.state.form is Form.PYTREE,
-                    known=known.facts,
-                    kept=known.kept if stays else {},
-                )
-            )
-            files = {**(files if companions.assets is None else companions.assets), **companions.files}
-            notes += [note for note in companions.notes if note not in notes]
-        complete.append(output.with_files(files))
-    return tuple(complete), notes
+def _check_outputs(planned: Plan, destination: Path) -> None:
+    """Raises OutputRefused: an output would replace what is read, has names that are one on disk, or is too large."""
+    problems = check_kept(destination, planned.stamps)
+    for output in planned.outputs:
+        problems += check_twins(destination / output.where, (*output.specs, *output.files))
+    refuse_if(problems, OutputRefused)
+    refuse_if(check_space(destination, planned.bytes_written), OutputRefused)
