@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bridge.checkpoint.describe import PartDescription
 
 
+#: files that are named; --json has all
+SHOWN = 20
+
+
 @click.command(cls=Command)
 @click.argument("path")
 @options(OpenOptions)
@@ -56,7 +60,10 @@ def _print(description: Description) -> None:
     say("")
     if description.base:
         say(f"  base        {description.base}")
-    say(f"  assets      {', '.join(description.assets) or 'none'}")
+    shown = [*description.assets[:SHOWN]]
+    if more := len(description.assets) - len(shown):
+        shown.append(f"and {more} more")
+    say(f"  assets      {', '.join(shown) or 'none'}")
     for fact in description.facts.values():
         say(f"  {fact['title']:<16}  {fact['text']} ({fact['origin']})")
     for remark in description.remarks:

@@ -11,6 +11,8 @@ from bridge.formats.disk.stamps import Stamp, take_stamps
 from bridge.rules.family import Family
 
 MAX_BYTES = 64 << 20
+#: of a trained model there are a few
+MAX_FILES = 200_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ def read_assets(root: Location, family: Family, wanted: Callable[[str], bool] | 
     notes: list[str] = []
     left = MAX_BYTES
     listed = directory.files()
+    if len(listed) > MAX_FILES:
+        raise SourceRefused(
+            Problem(
+                f"{directory} contains {len(listed)} files, more than {MAX_FILES}",
+                f"move what does not belong to the {family.noun} elsewhere",
+            )
+        )
     paths = [path for path in listed if wanted is None or wanted(f"{name}/{path}")]
     stamps = take_stamps(directory.local / path for path in paths) if directory.local is not None else {}
     for path in paths:

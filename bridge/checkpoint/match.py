@@ -101,7 +101,7 @@ def fit_weights(names: Names) -> list[Fit]:
     for family in families():
         for model in family.models:
             for layout in model.layouts:
-                index = weight_index(model, layout)
+                index = model.index(layout)
                 forms, known = index.forms_of(names)
                 optional = {skeleton(name)[0] for name in model.optional(layout)}
                 if not forms and optional.isdisjoint(names.kinds):
@@ -141,7 +141,7 @@ def fit_weights(names: Names) -> list[Fit]:
 
 def known_weights(fits: Iterable[Fit]) -> Callable[[str], bool]:
     """Whether a PyTorch name stands for something in any of the models."""
-    indexes = [weight_index(fit.model, fit.layout) for fit in fits]
+    indexes = [fit.model.index(fit.layout) for fit in fits]
     optional = {skeleton(name)[0] for fit in fits for name in fit.model.optional(fit.layout)}
 
     def known(name: str) -> bool:
@@ -150,16 +150,9 @@ def known_weights(fits: Iterable[Fit]) -> Callable[[str], bool]:
     return known
 
 
-def weight_index(model: Model, layout: Layout) -> NameIndex[tuple[Part, Rule]]:
-    """What a PyTorch name stands for, in a layout's names."""
-    return NameIndex(
-        {Template(layout.rename(rule.weight)): (part, rule) for part in model.parts for rule in part.rules}
-    )
-
-
 def place_weights(model: Model, layout: Layout, names: Names) -> dict[str, Place]:
     """What each PyTorch name stands for; names that no rule has are left out."""
-    found = weight_index(model, layout).find_all(names)
+    found = model.index(layout).find_all(names)
     return {name: Place(part, rule, at) for name, ((part, rule), at) in found.items()}
 
 

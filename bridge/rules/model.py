@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from bridge.rules.equation import Index
-from bridge.rules.names import NameIndex
+from bridge.rules.names import NameIndex, Template
 from bridge.rules.rule import Rule
 
 Sizes = Mapping[str, int]
@@ -226,6 +226,23 @@ class Model:
     def weight_index(self) -> NameIndex[tuple[Part, Rule]]:
         """What a weight's name stands for."""
         return NameIndex({rule.template: (part, rule) for part in self.parts for rule in part.rules})
+
+    def index(self, layout: Layout) -> NameIndex[tuple[Part, Rule]]:
+        """What a name stands for in a layout's names."""
+        if layout not in self._indexes:
+            self._indexes[layout] = NameIndex(
+                {
+                    Template(layout.rename(rule.weight)): (part, rule)
+                    for part in self.parts
+                    for rule in part.rules
+                }
+            )
+        return self._indexes[layout]
+
+    @cached_property
+    def _indexes(self) -> dict[Layout, NameIndex[tuple[Part, Rule]]]:
+        """By layout, once they were needed."""
+        return {}
 
     def optional(self, layout: Layout) -> dict[str, str]:
         """Names that may be there and are read by no rule -> why."""

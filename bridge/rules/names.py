@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
@@ -68,7 +68,7 @@ class Template:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        return tuple(_segment(part, self) for part in self.text.split(self.separator))
+        return _segments(self.text, self.separator)
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -133,16 +133,18 @@ class Template:
         return tuple(s.axis for s in self.segments if s.axis and not s.choices)
 
 
-def _segment(part: str, template: Template) -> Segment:
+@lru_cache(maxsize=10_000)  # models share most of their names
+def _segments(text: str, separator: str) -> tuple[Segment, ...]:
+    return tuple(_segment(part, text, dotted=separator == ".") for part in text.split(separator))
+
+
+def _segment(part: str, name: str, *, dotted: bool) -> Segment:
     match = _PLACEHOLDER.fullmatch(part)
     if match is None and not {"{", "}"} & set(part):
         return Segment(part)
-    dotted = template.separator == "."
     if match is None or (match[1] and dotted):
         rule = "be a whole segment" if dotted else "end its segment"
-        raise ValueError(
-            f"{'weight name' if dotted else 'path'} {template.text!r}: a placeholder must {rule}"
-        )
+        raise ValueError(f"{'weight name' if dotted else 'path'} {name!r}: a placeholder must {rule}")
     text, axis, choices = match.groups()
     return Segment(text, axis, tuple(choices.split("|")) if choices else ())
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from bridge.arrays import FLOAT32, Spec
+from bridge.checkpoint import assets
 from bridge.checkpoint.describe import describe
 from bridge.checkpoint.open import open_source
+from bridge.cli.main import run
 from bridge.errors import CheckpointRefused
 from bridge.formats.safetensors.header import compose
 
@@ -137,3 +139,19 @@ def test_the_arrays_of_a_source_are_listed_once(tmp_path: Path) -> None:
     for path in (SAMPLE, by_names(tmp_path / "adapter", 7)):
         source = open_source(str(path))
         assert source.specs is source.specs
+
+
+def test_no_more_files_are_read_than_a_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = with_assets(tmp_path / "run", 30)
+    monkeypatch.setattr(assets, "MAX_FILES", 31)
+    assert len(describe(checkpoint).assets) == 31
+    monkeypatch.setattr(assets, "MAX_FILES", 30)
+    (problem,) = describe(checkpoint).problems
+    assert problem.endswith("assets contains 31 files, more than 30")
+
+
+def test_a_few_of_many_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = with_assets(tmp_path / "run", 30)
+    assert run(["inspect", str(checkpoint)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  assets "))
+    assert line.count(".json") == 20 and line.endswith(", and 11 more")
