@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 import bridge
-from tests.kit import golden
+from bridge.errors import CheckpointRefused
+from tests.kit import checkpoints, golden
 from tests.kit.forms import Forms
 
 VERBS = [
@@ -259,3 +260,16 @@ def test_options_that_have_no_effect_are_refused(source: golden.Golden) -> None:
     bridge.load_nnx(module, source.checkpoint, rank=None, fold=False)
     with pytest.raises(TypeError, match="'rnak' is not an option"):
         bridge.load_nnx(module, source.checkpoint, rnak=4)
+
+
+def test_load_jax_refuses_a_checkpoint_with_problems(tmp_path: Path) -> None:
+    """As a conversion does, with every problem: a tree that lacks a leaf is no model."""
+    tree = checkpoints.pi0_tree(lora={}, layers=2)
+    del tree["action_in_proj/bias"]
+    tree["extra/kernel"] = np.ones(3, np.float32)
+    source = checkpoints.save(tree, tmp_path / "1", quick=True)
+    with pytest.raises(CheckpointRefused) as refused:
+        bridge.load_jax(source)
+    causes = [problem.cause for problem in refused.value.problems]
+    assert any("leaf action_in_proj/bias of pi0 is missing" in cause for cause in causes)
+    assert any("leaf extra/kernel is not part of pi0" in cause for cause in causes)

@@ -10,7 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from bridge.cli import demo, main
+from bridge.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "cli" / "sample" / "pi0_lora" / "checkpoint"
@@ -168,6 +175,82 @@ def test_demo_proves_the_merge(tmp_path: Path) -> None:
     assert worst is not None and 0 < float(worst.group(1)) <= 2e-6
     assert (tmp_path / "demo" / "pi0_torch" / "model.safetensors").is_file()
     assert bridge("demo", tmp_path / "demo").returncode == 2, "a directory that is not empty is left alone"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["paligemma.model.language_model.layers.2.self_attn.v_proj", "gemma_expert.model.layers.0.mlp.up_proj"],
+)
+def test_demo_sees_one_module_of_one_layer_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    made = demo._convert
+
+    def broken(ctx: click.Context, source: Path, target: Path, to: str, alphas: list[str]) -> None:
+        made(ctx, source, target, to, alphas)
+        if to == "torch-merged":
+            tensors = load_file(target / "model.safetensors")
+            tensors[f"paligemma_with_expert.{module}.weight"][1, 2] += 0.01
+            save_file(tensors, target / "model.safetensors")
+
+    monkeypatch.setattr(demo, "_convert", broken)
+    run = CliRunner().invoke(cli, ["demo", str(tmp_path / "demo")])
+    assert run.exit_code == 1 and "the same policy: worst" not in run.stdout
+    assert re.search(r"the merged policy is off by \d\.\de-\d\d", run.stderr)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort])
+def test_an_interrupt_is_said_on_stderr_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[BaseException]
+) -> None:
+    def interrupted(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert main.run(["inspect", "x"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (click.UsageError("no such thing"), 2, "Error: no such thing\n"),
+        (click.ClickException("it is off"), 1, "Error: it is off\n"),
+        (click.exceptions.Exit(3), 3, ""),
+    ],
+)
+def test_the_status_is_that_of_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    says: str,
+) -> None:
+    def failing(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", failing)
+    assert main.run(["inspect", "x"]) == status
+    assert capsys.readouterr() == ("", says)
+
+
+def test_inspect_of_an_adapter_says_what_it_is_for_and_what_it_trains(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert bridge("convert", "--to", "peft-adapter", *ALPHAS, SAMPLE, out).returncode == 0
+    run = CliRunner().invoke(cli, ["inspect", str(out)])
+    assert run.exit_code == 0, run.output
+    facts = json.loads((SAMPLE.parent / "facts.json").read_text())["lora"]
+    assert "peft-adapter" in run.stdout and re.search(r"model +pi0,", run.stdout)
+    said = json.loads(CliRunner().invoke(cli, ["inspect", "--json", str(out)]).stdout)
+    assert (said["state"], said["model"], said["arrays"]) == ("peft-adapter[lora]", "pi0", 2 * 3 * 2 * 7)
+    with safe_open(out / "adapter_model.safetensors", "np") as opened:
+        shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    assert said["parameters"] == sum(rows * columns for rows, columns in shapes)
+    parts = {part["name"]: part for part in said["parts"] if part["lora"]}
+    assert parts.keys() == facts.keys()
+    for name, part in parts.items():
+        # q has a block for each of eight heads
+        assert set(part["lora"]["ranks"].values()) == {facts[name]["rank"], 8 * facts[name]["rank"]}
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -17,7 +17,7 @@ from bridge.checkpoint.open import open_source
 from bridge.errors import SourceRefused
 from bridge.formats.disk import readahead
 from bridge.formats.disk.location import Location, tensorstore_context
-from bridge.formats.orbax import stream
+from bridge.formats.orbax import listing, stream
 from bridge.formats.orbax.source import OrbaxSource, open_orbax
 from tests.kit import checkpoints
 from tests.kit.checkpoints import Array, Tree
@@ -389,3 +389,30 @@ def test_a_path_with_parents_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for path in ("../deep/run", "../link/../run"):
         with bridge.open(path) as opened:
             assert opened.specs and opened.read(next(iter(opened.specs))).size
+
+
+@pytest.mark.parametrize("layout", ["ocdbt", "zarr"])
+def test_the_metadata_of_an_array_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: checkpoints.Layout
+) -> None:
+    """To the byte, in the store as in a file of its own."""
+    tree = {"a/w": np.ones((3, 5), np.float32)}
+    path = checkpoints.save(tree, tmp_path / "1", quick=True, layout=layout, assets=False)
+    monkeypatch.setattr(listing, "MAX_TEXT", 1 << 20)
+    (name,) = open_orbax(Location.parse(path)).specs
+    sizes: list[int] = []
+    read = listing._array_metadata
+
+    def noted(*arguments: Any) -> bytes:
+        text = read(*arguments)
+        sizes.append(len(text))
+        return text
+
+    monkeypatch.setattr(listing, "_array_metadata", noted)
+    open_orbax(Location.parse(path))
+    (size,) = sizes
+    monkeypatch.setattr(listing, "MAX_TEXT", size)
+    assert open_orbax(Location.parse(path)).specs.keys() == {name}
+    monkeypatch.setattr(listing, "MAX_TEXT", size - 1)
+    with pytest.raises(SourceRefused, match=rf"the metadata of {name} is damaged|exceeds"):
+        open_orbax(Location.parse(path))

@@ -267,6 +267,26 @@ def test_where_no_memory_can_be_had_reads_are_plain(
     assert _read(big[0], 1, SIZE - 1, SIZE) == big[1][1:]
 
 
+@pytest.mark.parametrize("offset", [0, 1, ALIGN, 12_345])
+@pytest.mark.parametrize("length", [1, ALIGN, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_no_byte_is_read_twice_and_none_beyond_the_part(
+    big: tuple[Path, bytes], direct: None, monkeypatch: pytest.MonkeyPatch, offset: int, length: int
+) -> None:
+    """By count: whole aligned blocks from the part's first byte to its last, each once."""
+    asked: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def counted(fd: int, buffers: list[Any], at: int, *flags: int) -> int:
+        asked.append((at, sum(map(len, buffers))))
+        return real(fd, buffers, at, *flags)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    assert _read(big[0], offset, length, SIZE) == big[1][offset : offset + length]
+    first, stop = offset // ALIGN * ALIGN, -(-(offset + length) // ALIGN) * ALIGN
+    assert [at for at, _ in sorted(asked)] == list(range(first, stop, BLOCK))
+    assert sum(count for _, count in asked) == stop - first
+
+
 def test_few_buffers_are_kept(big: tuple[Path, bytes], direct: None) -> None:
     opened = [open_range(big[0], 0, SIZE) for _ in range(readahead.MAX_SPARE)]
     for one in opened:

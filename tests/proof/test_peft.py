@@ -22,6 +22,7 @@ import bridge
 from bridge.conversion import to_adapter
 from bridge.errors import ProofFailed
 from bridge.proof.peft import TOLERANCE, Proof, prove_adapter
+from bridge.proof.peft_skeleton import load_on_skeleton
 from bridge.stream import factor_writers
 from tests.kit import checkpoints, golden
 from tests.kit.golden import State
@@ -373,6 +374,32 @@ def rejected(directory: Path, plan: bridge.Plan) -> ProofFailed:
 def test_proof_rejects(folded: Written, name: str, tmp_path: Path) -> None:
     """Of a finished directory, whose plan and record are right."""
     rejected(folded.spoilt(CORRUPTIONS[name], tmp_path / "adapter"), folded.plan)
+
+
+def test_what_peft_loads_otherwise_than_it_lies_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that is saved whole has no factors to check: only what PEFT would save again shows its values."""
+    tree = checkpoints.pi0_tree(lora={"expert": 3}, layers=2)
+    source = checkpoints.save(tree, tmp_path / "1", quick=True)
+    bare = {leaf: array for leaf, array in tree.items() if "lora" not in leaf}
+    bare["action_in_proj/kernel"] = bare["action_in_proj/kernel"] + 1
+    base = checkpoints.save(bare, tmp_path / "base", quick=True)
+    plan = bridge.plan(
+        source, tmp_path / "adapter", to="peft-adapter", base=base, modules_to_save=True, lora_alpha=2.0
+    )
+    plan.run()
+    prove(tmp_path / "adapter", plan)
+
+    def otherwise(directory: Path, shapes: Any) -> Any:
+        model, problems = load_on_skeleton(directory, shapes)
+        saved = model.get_submodule(f"{PREFIX}action_in_proj").modules_to_save["default"]
+        saved.weight.data[3, 5] += 1
+        return model, problems
+
+    monkeypatch.setattr("bridge.proof.peft.load_on_skeleton", otherwise)
+    (problem,) = rejected(tmp_path / "adapter", plan).problems
+    assert f"PEFT holds other values than the file in {PREFIX}action_in_proj.weight" in problem.cause
 
 
 #: What only a checksum shows, as PEFT computes the same from it; and what needs square factors.

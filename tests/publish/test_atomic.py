@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -502,6 +503,42 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     output(tmp_path / "out")
     # without the lock no run can be told from one that was killed
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["out", path.name])
+
+
+@pytest.mark.parametrize("lies", [False, True], ids=["new", "left over"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINTR, errno.EBADF])
+def test_a_disk_that_fails_at_the_lock_is_no_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, lies: bool
+) -> None:
+    """The error is raised; nobody goes on without a lock, and only a file made for it is removed."""
+    path = tmp_path / "lock"
+    if lies:
+        path.write_text(f"{DEAD} elsewhere\n")
+    opened: list[int] = []
+
+    def flock(fd: int, operation: int) -> None:
+        opened.append(fd)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))), locked(path, tmp_path / "out"):
+        raise AssertionError("entered")
+    assert path.exists() == lies
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[-1])  # closed
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_without_locks_the_block_is_entered_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with locked(tmp_path / "lock", tmp_path / "out") as held:
+        assert held is False and (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
 
 
 def test_looking_at_a_lock_does_not_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
