@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+
 from bridge.arrays import WEIGHT_DTYPES
 from bridge.checkpoint.adapter_base import base_of
 from bridge.checkpoint.assets import Assets
@@ -174,9 +176,11 @@ def _on_its_base(adapter: Checkpoint, opening: Opening) -> tuple[Checkpoint, str
 
 def _part(checkpoint: Checkpoint, part: Part) -> PartDescription:
     specs = checkpoint.source.specs
-    weights = Counter[str]()
+    by_dtype = Counter[np.dtype]()
     for stored in checkpoint.arrays_of(part):
-        weights[specs[stored].dtype.name] += specs[stored].size
+        by_dtype[specs[stored].dtype] += specs[stored].size
+    # numpy works a name out at each use
+    weights = Counter({dtype.name: size for dtype, size in by_dtype.items()})
     factors = [specs[name] for name in checkpoint.factors_of(part)]
     ranks = checkpoint.ranks_of(part)
     parameters = sum(spec.size for spec in factors)
@@ -187,7 +191,7 @@ def _part(checkpoint: Checkpoint, part: Part) -> PartDescription:
             "ranks": ranks,
             "stock_alpha": next(stock, None),
             "parameters": parameters,
-            "dtypes": sorted({spec.dtype.name for spec in factors}),
+            "dtypes": sorted({dtype.name for dtype in {spec.dtype for spec in factors}}),
         }
     return PartDescription(
         name=part.name,
