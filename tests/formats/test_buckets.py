@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,25 @@ def test_a_checkpoint_in_a_bucket_is_listed_and_read(emulated: str, monkeypatch:
     for name in here.specs:
         assert np.array_equal(there.read(name), here.read(name))
     assert (location / "100/nothing").read_bytes(10) is None and not (location / "100/nothing").exists()
+
+
+def test_an_item_of_another_name_is_a_finished_step_in_a_bucket_too(
+    emulated: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody is told to let a save finish that has: items are seen as they are on a disk."""
+    shutil.copytree(RUN / "100" / "params", tmp_path / "run" / "7" / "default")
+    (tmp_path / "run" / "7" / "_CHECKPOINT_METADATA").write_text("{}")
+    (tmp_path / "run" / "9").mkdir()
+    (tmp_path / "run" / "9" / "_CHECKPOINT_METADATA").write_text("{}")
+    buckets.upload(emulated, "runs", tmp_path / "run", "items")
+    monkeypatch.setenv(ENDPOINTS["gs"], emulated)
+    here = open_orbax(Location.parse(tmp_path / "run"))
+    for path, notes in (("items", 2), ("items/7", 1)):
+        there = open_orbax(Location.parse(f"gs://runs/{path}").waiting(5))
+        assert there.specs == here.specs and str(there.location) == "gs://runs/items/7/default"
+        assert len(there.notes) == notes and "using item default" in there.notes[-1]
+    with pytest.raises(SourceRefused, match="gs://runs/items/9 is not a checkpoint"):
+        open_orbax(Location.parse("gs://runs/items/9").waiting(5))
 
 
 def test_a_checkpoint_in_a_bucket_is_inspected_and_converted(

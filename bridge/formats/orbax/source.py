@@ -265,6 +265,16 @@ def _items(location: Location, names: list[str]) -> list[str]:
     return [name for name in names if (location / name / "_METADATA").is_file()]
 
 
+def _listed_items(location: Location) -> dict[str, list[str]]:
+    """In a bucket, the items of a step (under ``""``) and those of each step of a run, by one listing of it."""
+    items: dict[str, list[str]] = {}
+    for path in location.files() if location.local is None else ():
+        *above, item, file = ("", *path.split("/"))
+        if file == "_METADATA" and len(above) in (1, 2):
+            items.setdefault(above[-1], []).append(item)
+    return items
+
+
 def open_orbax(location: Location) -> OrbaxSource:
     """Open the ``params`` of a path: every array is listed, none is read.
 
@@ -313,11 +323,16 @@ def resolve(location: Location) -> tuple[Location, Location, tuple[str, ...]]:
         return location, location.parent if _is_item(location) else location, ()
     if ITEM in names:
         return location / ITEM, location, ()
-    if items := [name for name in _items(location, names) if name != TRAINING]:
+    listed = _listed_items(location)
+    if items := [name for name in listed.get("", _items(location, names)) if name != TRAINING]:
         return _only_item(location, items)
     steps = sorted((number, name) for name in names if (number := _step(name)) is not None)
     complete = [name for _, name in steps if (location / name / ITEM / "_METADATA").is_file()]
-    others = [name for _, name in steps if _items(location / name, (location / name).names())]
+    others = [
+        name
+        for _, name in steps
+        if (name in listed if location.local is None else _items(location / name, (location / name).names()))
+    ]
     if others and not complete:
         params, root, notes = resolve((location / others[-1]).entered())
         return (
