@@ -42,3 +42,8 @@ def with_article(noun: str) -> str:
 def counted(number: int, noun: str) -> str:
     """A number and its noun, which takes an *s*: ``1 weight``, ``2 weights``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def and_more(names: list[str]) -> str:
+    """The first of some names, how many more there are, and the verb: ``a is``, ``a and 2 more are``."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from bridge.errors import Problem
 from bridge.formats.contract import Source
 from bridge.formats.dtypes import DEQUANTISE
+from bridge.formats.safetensors.peft import CONFIG as ADAPTER
 from bridge.formats.safetensors.torch import CONFIG
 
 #: what quantised a weight -> the endings of what it keeps beside the weight; the first that fits is it
@@ -25,20 +26,31 @@ _QUANTISERS = {
     "compressed-tensors": r"\.weight_(packed|shape|zero_point|g_idx)",
     "with scales beside the weights": r"[._](weight|input)_scale(_inv|_2)?",
 }
+#: endings of tensors of LoRA of other kinds -> the field of the config that makes PEFT apply them, what they are
+_KINDS = {
+    r"\.lora_magnitude_vector(\.weight)?": ("use_dora", "DoRA's magnitudes"),
+    r"\.lora_B\.bias": ("lora_bias", "a bias of LoRA"),
+    r"\.lora_embedding_[AB]": ("", "LoRA of an embedding"),
+}
 _LORA = re.compile(r"(?:^|[./_])lora_?(?:[abAB]|[A-Z]\w*|embedding_[AB]|magnitude_vector)(?![a-z])")
 _STATISTICS = re.compile(
     r"(?:^|[./])(?:(?:un)?normali[sz]e\w*|running_(?:mean|var)|num_batches_tracked)(?![^./])"
 )
 
 
-def quantised(source: Source, names: Iterable[str]) -> list[Problem]:
-    """That a source is quantised, where some of the names that a model does not have say so."""
+def quantised(where: object, names: Iterable[str]) -> list[Problem]:
+    """That what lies somewhere is quantised, where some of the names that a model does not have say so."""
     listed = list(names)
     for by, ending in _QUANTISERS.items():
         mark = next((name for name in listed if re.search(f"{ending}$", name)), None)
         if mark is not None:
-            return [Problem(f"{source.location} is quantised ({by}: {mark})", DEQUANTISE)]
+            return [Problem(f"{where} is quantised ({by}: {mark})", DEQUANTISE)]
     return []
+
+
+def lora_kind(name: str) -> tuple[str, str]:
+    """Of a tensor of LoRA of another kind: the field of PEFT's config that applies it, if any, and what it is."""
+    return next((kind for ending, kind in _KINDS.items() if re.search(f"{ending}$", name)), ("", ""))
 
 
 def never_left_out(name: str) -> str:
@@ -57,7 +69,13 @@ def never_left_out(name: str) -> str:
 
 
 def says_config(source: Source) -> str:
-    """What the ``config.json`` beside weights says they are, as an end of a cause; empty where it says nothing."""
-    config = source.metadata.get(CONFIG)
-    kind = config.get("model_type") if isinstance(config, Mapping) else None
-    return f"; {CONFIG} says {kind!r:.60}" if isinstance(kind, str) and kind else ""
+    """What the config beside weights or an adapter says they are, as an end of a cause; empty where it says nothing."""
+    for file, field, word in (
+        (CONFIG, "model_type", "says"),
+        (ADAPTER, "base_model_name_or_path", "names the base"),
+    ):
+        config = source.metadata.get(file)
+        said = config.get(field) if isinstance(config, Mapping) else None
+        if isinstance(said, str) and said:
+            return f"; {file} {word} {said!r:.80}"
+    return ""

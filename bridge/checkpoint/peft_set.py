@@ -6,7 +6,6 @@ PEFT would ignore is a problem here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,12 @@ from bridge.arrays import WEIGHT_DTYPES, Spec
 from bridge.checkpoint.adapter_lost import lost_problems
 from bridge.checkpoint.adapter_model import Match, model_names, possible_models
 from bridge.checkpoint.checkpoint import Checkpoint, Module
+from bridge.checkpoint.foreign import lora_kind, never_left_out, quantised
 from bridge.checkpoint.kinds import AdapterCheckpoint
 from bridge.checkpoint.leave_out import pattern_for
 from bridge.checkpoint.problems import Alike, unknown
 from bridge.checkpoint.trainers import FACTOR
+from bridge.display import and_more
 from bridge.errors import CheckpointRefused, Problem, refuse_if
 from bridge.formats.contract import Source
 from bridge.formats.safetensors.peft import CONFIG
@@ -25,13 +26,6 @@ from bridge.peft.config import MERGE, PREFIX, A, AdapterConfig, B, read_config
 from bridge.rules.names import grouped
 
 RESAVE = "save the whole adapter again with PEFT's save_pretrained"
-
-#: tensors of LoRA of other kinds -> the field of the config that makes PEFT apply them, what they are
-_OTHER_KINDS = {
-    r".*\.lora_magnitude_vector(\.weight)?": ("use_dora", "DoRA's magnitudes"),
-    r".*\.lora_B\.bias": ("lora_bias", "a bias of LoRA"),
-    r".*\.lora_embedding_[AB]": ("", "LoRA of an embedding"),
-}
 
 
 def understand_adapter(source: Source, base: Checkpoint | None = None) -> AdapterCheckpoint:
@@ -122,6 +116,7 @@ def _strays(
 ) -> list[Problem]:
     family, model, layout = possible[0].family, possible[0].model, possible[0].layout
     places, models = possible[0].places, " or ".join(model_names(possible))
+    biased = config.get("bias", "none") != "none"
     strays = {
         name: weight for name, weight in names.items() if weight not in places or not name.startswith(PREFIX)
     }
@@ -139,22 +134,32 @@ def _strays(
         for name in strays
         if strays[name] in tied
     ]
-    for name in grouped(name for name, weight in strays.items() if weight not in tied):
-        field, kind = next(
-            (kind for pattern, kind in _OTHER_KINDS.items() if re.fullmatch(pattern, name)), ("", "")
+    others = grouped(name for name, weight in strays.items() if weight not in tied)
+    if quantiser := quantised(where, others):
+        return [*problems, *quantiser]  # its state would not be there for an adapter alone
+    of_kinds: dict[tuple[str, str], list[str]] = {}
+    for name in others:
+        of_kinds.setdefault(lora_kind(name), []).append(name)
+    for (field, kind), members in of_kinds.items():
+        if kind and not config.get(field):
+            lost = f", and the config does not say {field}: PEFT would run without it" if field else ""
+            cause = f"{and_more(members)} {kind}{lost or ', which bridge does not convert'}"
+            problems.append(
+                Problem(
+                    f"{where}: {cause}", f"put back the {CONFIG} that was saved with it" if lost else MERGE
+                )
+            )
+    # the config is refused for the biases that it declares
+    rest = (name for name in of_kinds.get(("", ""), ()) if not (biased and name.endswith(".bias")))
+    return problems + [
+        Problem(
+            f"{where}: {name} does not belong to any {models} module; PEFT would ignore it",
+            RESAVE
+            if FACTOR.fullmatch(name) or never_left_out(name)
+            else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}",
         )
-        if config.get(field) or (name.endswith(".bias") and config.get("bias", "none") != "none"):
-            continue  # the config is refused for what they are
-        if field:
-            cause = f"{name} is {kind}, and the config does not say {field}: PEFT would run without it"
-            fix = f"put back the {CONFIG} that was saved with it"
-        elif kind:
-            cause, fix = f"{name} is {kind}, which bridge does not convert", MERGE
-        else:
-            cause = f"{name} does not belong to any {models} module; PEFT would ignore it"
-            fix = RESAVE if FACTOR.fullmatch(name) else f"{RESAVE}, or add --leave-out {pattern_for(name)!r}"
-        problems.append(Problem(f"{where}: {cause}", fix))
-    return problems
+        for name in rest
+    ]
 
 
 def _check_pair(specs: Mapping[str, Spec], faults: Alike, module: str, a: str, b: str) -> None:

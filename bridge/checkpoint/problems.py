@@ -54,7 +54,7 @@ def unknown(source: Source, names: Iterable[str]) -> CheckpointRefused:
     known = dict.fromkeys(model.name for family in families() for model in family.models)
     listed = grouped(names)
     return CheckpointRefused(
-        next(iter(quantised(source, listed)), None)
+        next(iter(quantised(source.location, listed)), None)
         or Problem(
             f"{source.location}: these {len(listed)} names match no supported model "
             f"(first: {', '.join(listed[:SHOWN])}){says_config(source)}"
@@ -77,7 +77,7 @@ def fit_problems(source: Source, fit: Fit, kind: str) -> list[Problem]:
         CheckpointRefused: it is quantised, and every name and dtype that disagrees comes of that.
     """
     model = fit.model.name
-    refuse_if(quantised(source, fit.extra), CheckpointRefused)
+    refuse_if(quantised(source.location, fit.extra), CheckpointRefused)
     # names that lack some and have others may be all of another model's
     says, lacks = "", RECOPY
     if fit.extra:

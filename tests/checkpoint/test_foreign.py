@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import bridge
 from bridge import Refusal
@@ -223,3 +224,76 @@ def test_an_adapter_without_a_tensor_is_refused_at_once(tmp_path: Path) -> None:
     save_file({}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(Refusal, match="contains no array"):
         bridge.plan(tmp_path, None, to="orbax")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on its base, as PEFT saves one: no record."""
+    home = tmp_path_factory.mktemp("adapter")
+    source = checkpoints.save(checkpoints.pi0_tree(layers=2), home / "1", quick=True)
+    bridge.convert(source, home / "base", to="torch-base")
+    bridge.convert(source, home / "adapter", to="peft-adapter", lora_alpha=4.0)
+    (home / "adapter" / "bridge.json").unlink()
+    return home
+
+
+def changed(
+    home: Path, to: Path, more: Callable[[str, int], tuple[str, int]], **config: object
+) -> list[Problem]:
+    """What is said of the adapter with a tensor more for each lora_B, and other fields in its config."""
+    shutil.copytree(home / "adapter", to)
+    tensors = load_file(to / "adapter_model.safetensors")
+    added = [more(name, len(array)) for name, array in tensors.items() if name.endswith("lora_B.weight")]
+    save_file(tensors | {name: ones(size) for name, size in added}, to / "adapter_model.safetensors")
+    written = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps(written | config))
+    with pytest.raises(Refusal) as caught:
+        bridge.convert(to, to.parent / "out", to="orbax", base=home / "base")
+    assert not (to.parent / "out").exists()
+    return list(caught.value.problems)
+
+
+def ending(other: str) -> Callable[[str, int], tuple[str, int]]:
+    return lambda name, rows: (name.replace("lora_B.weight", other), rows)
+
+
+KINDS = {
+    "DoRA": ("lora_magnitude_vector", {"use_dora": True}, "it is DoRA", "DoRA's magnitudes, and the config does not"),
+    "biases of LoRA": ("lora_B.bias", {"lora_bias": True}, "lora_bias is True", "a bias of LoRA, and the config does"),
+    "biases": ("base_layer.bias", {"bias": "lora_only"}, "it has trained biases", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_of_another_kind_is_called_that_once(adapter: Path, tmp_path: Path, kind: str) -> None:
+    """Its config says it, and no tensor of it is said to be ignored; without the config's word, it is missed."""
+    other, config, says, lost = KINDS[kind]
+    (problem,) = changed(adapter, tmp_path / "declared", ending(other), **config)
+    assert says in problem.cause and problem.fix.startswith("merge it into its base with PEFT")
+    if lost:
+        (problem,) = changed(adapter, tmp_path / "lost", ending(other))
+        assert lost in problem.cause and "and 13 more are" in problem.cause
+        assert problem.fix == "put back the adapter_config.json that was saved with it"
+
+
+def test_state_of_a_quantiser_beside_factors_is_not_to_be_left_out(adapter: Path, tmp_path: Path) -> None:
+    (problem,) = changed(adapter, tmp_path / "adapter", ending("base_layer.weight.absmax"))
+    assert "is quantised (bitsandbytes, 4 bits: " in problem.cause and problem.fix.endswith(DEQUANTISE)
+
+
+def test_an_adapter_of_another_family_is_named_by_its_base(tmp_path: Path) -> None:
+    layers = "base_model.model.model.layers"
+    names = [f"{layers}.{n}.self_attn.{m}_proj.lora_{x}.weight" for n in range(2) for m in "qv" for x in "AB"]
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "meta-llama/L",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({name: ones(2, 2) for name in names}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(Refusal) as caught:
+        bridge.plan(tmp_path, None, to="orbax")
+    (problem,) = caught.value.problems
+    assert f"first: {layers}." in problem.cause and problem.fix == MODELS
+    assert problem.cause.endswith("; adapter_config.json names the base 'meta-llama/L'")

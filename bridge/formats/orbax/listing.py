@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.display import counted
+from bridge.display import and_more, counted
 from bridge.errors import Problem, SourceRefused, reason, refuse_if
 from bridge.formats.disk.location import Location, tensorstore_context
 from bridge.formats.dtypes import DEQUANTISE, ForeignDtype
@@ -150,16 +150,10 @@ def list_arrays(
         if stored_array is not None:
             arrays[name] = stored_array
     problems += [
-        Problem(f"{params}: {_and_more(names)} {stored_as}", DEQUANTISE)
-        for stored_as, names in others.items()
+        Problem(f"{params}: {and_more(names)} {stored_as}", DEQUANTISE) for stored_as, names in others.items()
     ]
     refuse_if(problems, SourceRefused)
     return arrays
-
-
-def _and_more(names: list[str]) -> str:
-    """The first of some names, how many more there are, and the verb."""
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def _array_metadata(params: Location, ocdbt: bool, key: str, extents: Mapping[str, Extent] | None) -> bytes:
