@@ -132,7 +132,7 @@ def _transformers(files: Mapping[str, bytes]) -> tuple[list[Fact], list[Damage]]
     if is_whole(chunk):
         return [Fact(HORIZON, chunk, CONFIG)], []
     cause = f"chunk_size of {CONFIG} is {chunk!r:.60}, not a positive whole number"
-    return [], [Damage(HORIZON, Problem(cause, "copy the checkpoint again"))]
+    return [], [Damage(HORIZON, Problem(cause, "restore the file from a copy, or give --action-horizon"))]
 
 
 def _train_config(files: Mapping[str, bytes]) -> list[Fact]:

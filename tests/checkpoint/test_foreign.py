@@ -297,3 +297,13 @@ def test_an_adapter_of_another_family_is_named_by_its_base(tmp_path: Path) -> No
     (problem,) = caught.value.problems
     assert f"first: {layers}." in problem.cause and problem.fix == MODELS
     assert problem.cause.endswith("; adapter_config.json names the base 'meta-llama/L'")
+
+
+def test_a_horizon_that_is_none_is_decided_by_its_flag(tmp_path: Path, plain: Tensors) -> None:
+    """The weights are whole: nothing need be copied again for a number that a flag gives."""
+    source = trainers.save(plain, tmp_path / "src", {"model_type": "pi0", "chunk_size": "many"})
+    with pytest.raises(Refusal, match=r"chunk_size of config\.json is 'many'") as caught:
+        bridge.plan(source, None, to="orbax", size=trainers.SIZES)
+    (problem,) = caught.value.problems
+    assert problem.fix == "restore the file from a copy, or give --action-horizon"
+    assert bridge.plan(source, None, to="orbax", size=trainers.SIZES, action_horizon=7)

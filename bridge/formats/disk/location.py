@@ -210,7 +210,7 @@ class Location:
             raise SourceRefused(
                 Problem(
                     f"{self} exceeds the {at_most >> 20} MB limit for this file",
-                    "copy the checkpoint again",
+                    "see what it is: no file of its kind is so large",
                 )
             )
         return data
