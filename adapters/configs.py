@@ -9,7 +9,6 @@ does not tell how a projection's rows are split into heads.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -162,6 +161,5 @@ def _transformers(facts: Facts, horizon: int) -> dict[str, Any]:
         for key in parents:
             node = node[key]
         node[last] = _size(facts, axis)
-    side = math.isqrt(facts.sizes["siglip.token"]) * facts.sizes["siglip.rows"]
-    config["vlm_config"]["vision_config"]["image_size"] = side
+    config["vlm_config"]["vision_config"]["image_size"] = policy_facts.image_side(facts.sizes)
     return config

@@ -8,7 +8,6 @@ than none. The processor files hold openpi's norm stats in the form that LeRobot
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -17,8 +16,8 @@ from safetensors.numpy import load, save
 
 from bridge import Companions, Facts, Problem, Refusal
 
-from . import lerobot_read, norm_stats
-from .kinds import CAMERAS, HORIZON, METHOD, NORM_STATS, PROMPT_LENGTH, TOKENIZER
+from . import lerobot_read, norm_stats, policy_facts
+from .kinds import CAMERAS, HORIZON, METHOD, NORM_STATS, PROMPT_LENGTH, RESOLUTION, TOKENIZER
 from .lerobot_read import EPS, FEATURES, IMAGES
 from .policy_facts import ASSETS, HUB_TOKENIZER
 
@@ -71,6 +70,8 @@ PREPROCESSOR = {
     ),
 }
 POSTPROCESSOR = ("unnormalizer_processor", "absolute_actions_processor", "device_processor")
+#: pixels a side, where nothing tells: the default of LeRobot's configs (image_resolution)
+DEFAULT_RESOLUTION = 224
 PROCESSORS = "policy_preprocessor.json and policy_postprocessor.json"
 
 NOTES = (
@@ -238,7 +239,12 @@ def _features(facts: Facts, stats: Stats) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _resolution(facts: Facts) -> int:
-    return math.isqrt(facts.sizes["siglip.token"]) * facts.sizes["siglip.rows"]
+    side = policy_facts.image_side(facts.sizes)
+    if side is not None:
+        return side
+    # an adapter alone has no position embedding
+    known = facts.known.get(RESOLUTION.key)
+    return known.value[0] if known is not None else DEFAULT_RESOLUTION
 
 
 def _width(stats: Stats, feature: str) -> int:

@@ -138,7 +138,7 @@ def _differences(a: NormStats, b: NormStats) -> Iterator[tuple[str, str]]:
         if width(a, feature) != width(b, feature):
             yield f"{width(a, feature)} {feature}", f"{width(b, feature)} {feature}"
             continue
-        for name in ours.keys() & theirs.keys():
+        for name in (each for each in ours if each in theirs):
             left, right = ours[name].astype(np.float32), theirs[name].astype(np.float32)
             for at in np.flatnonzero(left != right)[:1]:
                 yield f"{feature} {name}[{at}] {left[at]:.7g}", f"{right[at]:.7g}"

@@ -179,6 +179,11 @@ def given(model: Model, settings: Mapping[str, Any]) -> Reading:
     return Reading(facts=tuple(facts), damaged=tuple(damaged))
 
 
+def image_side(sizes: Mapping[str, int]) -> int | None:
+    """Pixels a side of an image, from the patches and their size; None where either is unknown."""
+    return math.isqrt(sizes.get("siglip.token", 0)) * sizes.get("siglip.rows", 0) or None
+
+
 def complete(model: Model, sizes: Mapping[str, int], facts: Mapping[str, Fact]) -> tuple[Fact, ...]:
     """What follows from the facts stated, and openpi's own values where nothing states any."""
     more: list[Fact] = []
@@ -191,8 +196,8 @@ def complete(model: Model, sizes: Mapping[str, int], facts: Mapping[str, Fact]) 
         if ASSET_ID.key not in facts:
             more.append(Fact(ASSET_ID, NO_ID, "chosen: no file names the robot", assumed=True))
     rule = f"openpi's for {model.name}"
-    side = math.isqrt(sizes.get("siglip.token", 0)) * sizes.get("siglip.rows", 0)
-    if side and RESOLUTION.key not in facts:
+    side = image_side(sizes)
+    if side is not None and RESOLUTION.key not in facts:
         more.append(Fact(RESOLUTION, (side, side), "the position embedding"))
     defaults = (
         (METHOD, METHODS[model.name], rule),

@@ -64,7 +64,7 @@ class OpenOptions(TypedDict, total=False):
             kind=Number("SECONDS", whole=False),
             default=TIMEOUT,
             group=SOURCE,
-            help=f"How long to wait for a bucket (gs://, s3://) to answer; {TIMEOUT:g} by default.",
+            help="How long to wait for a bucket (gs://, s3://) to answer.",
         ),
     ]
 
@@ -87,7 +87,7 @@ class SourceOptions(OpenOptions, total=False):
         Option(
             kind=Flag(),
             group=SOURCE,
-            help="Apply an adapter to another base than the one it was made for. How far it is is reported.",
+            help="Apply an adapter to another base than the one it was made for. The plan reports how far it is.",
             fits=_beside_an_adapter,
         ),
     ]

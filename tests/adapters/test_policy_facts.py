@@ -47,6 +47,19 @@ def written(files: dict[str, bytes], home: Path) -> Path:
     return home
 
 
+def test_an_adapter_alone_goes_to_lerobot_in_its_default_resolution(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    checkpoint = Path(__file__).parents[1] / "data" / "golden" / "pi05_lora" / "checkpoint" / "100"
+    bridge.convert(checkpoint, adapter, to="peft-adapter", lora_alpha={"paligemma": 6, "expert": 2})
+    (adapter / "bridge.json").unlink()
+    steps = json.loads(planned(adapter, "peft-adapter", layout="lerobot")["policy_preprocessor.json"])[
+        "steps"
+    ]
+    features = [step["config"]["features"] for step in steps if "features" in step["config"]]
+    # lerobot, policies/pi05/configuration_pi05.py: image_resolution is (224, 224)
+    assert features[0]["observation.images.base_0_rgb"]["shape"] == [3, 224, 224]
+
+
 # LeRobot's own policies.
 
 
