@@ -10,6 +10,8 @@ import pytest
 
 from tests.kit import golden, lerobot
 
+pytestmark = pytest.mark.slow
+
 HOME = golden.DATA / "lerobot"
 BASE = {"base": HOME / "base_pi0"}
 #: what a LeRobot directory of these sizes does not tell

@@ -18,6 +18,8 @@ from bridge.cli.main import run
 from bridge.errors import CheckpointRefused
 from bridge.formats.safetensors.header import compose
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = (
     next(path for path in (files("bridge.cli") / "sample").iterdir() if path.is_dir()) / "checkpoint" / "100"
 )

@@ -184,5 +184,7 @@ def test_files_are_bounded_in_number_and_size(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SourceRefused, match=f"contains {MAX_FILES + 1} files like c_0.json"):
         place(tmp_path / "many", None, **many)
     monkeypatch.setattr("bridge.facts.read.MAX_BYTES", 1 << 20)
-    with pytest.raises(SourceRefused, match=r"a\.json exceeds the 1 MB limit for this file\n  fix: see what it is"):
+    with pytest.raises(
+        SourceRefused, match=r"a\.json exceeds the 1 MB limit for this file\n  fix: see what it is"
+    ):
         place(tmp_path / "large", None, a=" " * ((1 << 20) + 1))
