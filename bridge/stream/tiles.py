@@ -21,6 +21,8 @@ from bridge.lora.factors import Matrices
 TILE = 1 << 18
 #: the longer a tile's rows the fewer there are, and the shorter the runs that a transpose writes
 _WIDTH = 1 << 10
+#: columns of a product that one call makes: of a tile that a box reaches into, most are not made in vain
+_BLOCK = 1 << 8
 #: elements added to a tile's rows: a stride of a power of two would map a column to few cache sets
 _PAD = 8
 
@@ -114,7 +116,7 @@ def _copy_box(dst: np.ndarray, src: np.ndarray, work: Workspace, faulty: NonFini
 def _add_box(dst: np.ndarray, src: np.ndarray, product: Product, work: Workspace, faulty: NonFinite) -> None:
     """Tiles of the sum, each with the part of the product that belongs to it.
 
-    A product is made tile by tile of the whole weight, by the same call whatever the container and
+    A product is made in blocks of the whole weight, each by the same call whatever the container and
     however it is cut: libraries of linear algebra sum in another order where a matrix has another
     shape or lies otherwise, and a merged weight must not depend on where its base came from.
     """
@@ -131,15 +133,17 @@ def _add_box(dst: np.ndarray, src: np.ndarray, product: Product, work: Workspace
     ]
     # planes that reach into one tile of the product share it
     jobs.sort(key=lambda job: (job[0].rows, job[0].columns))
-    for _, shared in itertools.groupby(jobs, key=lambda job: (job[0].rows, job[0].columns)):
-        added = None
+    for (rows, columns), group in itertools.groupby(jobs, key=lambda job: (job[0].rows, job[0].columns)):
+        shared = list(group)
+        left, right = a[:, slice(*rows)].T, b[slice(*columns)].T
+        added = work.tile("product", FLOAT32, len(left), right.shape[1])
+        first = min(tile.inside[1].start for tile, _ in shared) // _BLOCK * _BLOCK
+        for start in range(first, max(tile.inside[1].stop for tile, _ in shared), _BLOCK):
+            block = added[:, start : start + _BLOCK]
+            np.matmul(left, right[:, start : start + _BLOCK], out=block)
+            if product.change.scale != 1:
+                block *= np.float32(product.change.scale)
         for tile, lead in shared:
-            if added is None:
-                left, right = a[:, slice(*tile.rows)].T, b[slice(*tile.columns)].T
-                out = work.tile("product", FLOAT32, len(left), right.shape[1])
-                added = np.matmul(left, right, out=out)
-                if product.change.scale != 1:
-                    added *= np.float32(product.change.scale)
             _tile(to[lead][tile.part], origin[lead][tile.part], added[tile.inside], work, faulty)
 
 
