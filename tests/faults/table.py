@@ -12,7 +12,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -267,13 +266,8 @@ def run_here(arguments: list[str]) -> Ran:
     from bridge.cli.main import run
 
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run(arguments)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(arguments)
     return Ran(code, out.getvalue(), err.getvalue())
 
 
