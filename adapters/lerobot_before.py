@@ -1,4 +1,4 @@
-"""LeRobot's policies of before its processors: statistics as buffers among the weights.
+"""LeRobot's policies from before it had processors: statistics as buffers among the weights.
 
 lerobot 0.1 to 0.3: policies/normalize.py, policies/pi0/configuration_pi0.py; how LeRobot itself takes
 them over: processor/migrate_policy_normalization.py.

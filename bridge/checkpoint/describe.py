@@ -149,7 +149,7 @@ def _open_sizes(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.choices:
         return []
     return [
-        f"shapes do not tell {', '.join(open_axes(checkpoint.model, checkpoint.sizes))}: give "
+        f"shapes do not determine {', '.join(open_axes(checkpoint.model, checkpoint.sizes))}: give "
         f"{flags(checkpoint.choices)} where they are needed"
     ]
 

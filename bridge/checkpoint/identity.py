@@ -29,7 +29,7 @@ from bridge.strict_json import parse_object
 
 #: of an adapter's record, and of its file's header, which is still there where the record was left behind
 KEY = "base_identity"
-#: entries of a fingerprint in a record, where it is none of ours
+#: entries of a fingerprint in a record, where it was not written by bridge
 MAX_WEIGHTS = 4096
 #: values of a vector, and of a matrix: along its first axis and its last
 VECTOR, ROWS, COLUMNS = 32, 4, 8

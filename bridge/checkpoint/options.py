@@ -43,7 +43,7 @@ class OpenOptions(TypedDict, total=False):
         Option(
             kind=ByName("AXIS=N"),
             group=SOURCE,
-            help="Size of an axis that shapes do not tell, such as a number of heads. Repeatable.",
+            help="Size of an axis that shapes do not determine, such as a number of heads. Repeatable.",
         ),
     ]
     config: Annotated[

@@ -50,7 +50,7 @@ class FactKind:
     encode: Callable[[Any], Any] = as_is
     """Its JSON form, for ``bridge.json``."""
     decode: Callable[[Any], Any] = as_is
-    """The value of a JSON form. Raises ValueError where it is none."""
+    """The value of a JSON form. Raises ValueError where it is not one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One architecture: its rules, and the facts that shapes do not tell.
+"""One architecture: its rules, and the facts that shapes do not determine.
 
 A model is recognized in a checkpoint by names alone (:mod:`bridge.checkpoint.match`), its dimensions
 by shapes (:mod:`bridge.checkpoint.sizes`).

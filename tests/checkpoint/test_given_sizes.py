@@ -1,4 +1,4 @@
-"""Sizes that shapes do not tell: asked for with the values that fit, given by flag or by config, and checked."""
+"""Sizes that shapes do not determine: asked for with the values that fit, given by flag or by config, and checked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_is_missing_is_asked_for_with_the_values_that_fit(source: Path, tmp
         "add --size paligemma.head=N (N 7 or 77) and --size siglip.head=N (N 1, 3, 5 or 15), or --config FILE"
     )
     assert not (tmp_path / "out").exists()
-    (note,) = (note for note in bridge.describe(source).notes if note.startswith("shapes do not tell"))
+    (note,) = (note for note in bridge.describe(source).notes if note.startswith("shapes do not determine"))
     assert "--size paligemma.head=N (N 7 or 77)" in note
 
 

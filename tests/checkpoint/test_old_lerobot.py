@@ -1,4 +1,4 @@
-"""LeRobot's policies of before its processors: names of an older transformers, norm stats among the weights."""
+"""LeRobot's policies from before it had processors: names of an older transformers, norm stats among the weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import bridge
 from tests.kit import checkpoints
 from tests.kit.checkpoints import Array
 
-#: what shapes do not tell of `checkpoints.DIMS`
+#: what shapes do not determine of `checkpoints.DIMS`
 SIZES = {"paligemma.head": 7, "siglip.head": 3}
 
 Tensors = dict[str, Array]
