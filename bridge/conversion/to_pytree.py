@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bridge.arrays import Spec, widest
 from bridge.conversion.lora_leaves import fit_notes, start_notes, summed_notes
 from bridge.conversion.request import Built, Request
@@ -30,13 +32,7 @@ def build_pytree(request: Request) -> Built:
         if not request.fold and bound.rule.lora is not None and bound.part.name in request.ranks:
             rank = request.ranks[bound.part.name]
             steps.append(factor_step(request, bound, factors or ModuleFactors({}), rank))
-    output = Output(
-        state=request.target,
-        layout=inputs.model.written[0],
-        dtype=request.dtype,
-        steps=tuple(steps),
-        specs=collect(inputs.model.name, tuple(steps)),
-    )
+    output = pytree_output(request, steps)
     if not request.ranks:
         return Built(outputs=(output,))
     approximated = fit_notes(inputs, output)
@@ -46,6 +42,18 @@ def build_pytree(request: Request) -> Built:
         outputs=(output,),
         notes=(*summed, *started, *approximated),
         loss=Loss.ROUNDED if summed or approximated else Loss.EXACT,
+    )
+
+
+def pytree_output(request: Request, steps: Iterable[Step]) -> Output:
+    """The output that steps fill."""
+    model, steps = request.inputs.model, tuple(steps)
+    return Output(
+        state=request.target,
+        layout=model.written[0],
+        dtype=request.dtype,
+        steps=steps,
+        specs=collect(model.name, steps),
     )
 
 

@@ -13,13 +13,12 @@ from bridge.checkpoint.scales import scales
 from bridge.conversion.lora_leaves import fit_notes, start_notes
 from bridge.conversion.options import Options
 from bridge.conversion.request import Built, Request
-from bridge.conversion.to_pytree import factor_step, stored_name, weight_step
+from bridge.conversion.to_pytree import factor_step, pytree_output, stored_name, weight_step
 from bridge.errors import Problem
 from bridge.graph import Loss
 from bridge.lora.factors import Scale
 from bridge.rules.model import Bound, Part
 from bridge.rules.rule import Rule
-from bridge.stream.output import Output, collect
 from bridge.stream.readers import LeafWeights
 from bridge.stream.step import Step
 from bridge.stream.writers import LeafWriter
@@ -81,14 +80,7 @@ def build_relaid_tree(request: Request) -> Built:
         factors = source.factor_reader("source", bound, own.get(bound.part.name))
         assert factors is not None
         ranked.append(factor_step(request, bound, factors, rank))
-    steps += ranked
-    output = Output(
-        state=request.target,
-        layout=inputs.model.written[0],
-        dtype=request.dtype,
-        steps=tuple(steps),
-        specs=collect(inputs.model.name, tuple(steps)),
-    )
+    output = pytree_output(request, [*steps, *ranked])
     approximated = fit_notes(inputs, output)
     started = start_notes(inputs, output, request.options["seed"])
     loss = Loss.ROUNDED if approximated else Loss.EQUIVALENT if ranked else Loss.EXACT
